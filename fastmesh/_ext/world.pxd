@@ -1,0 +1,374 @@
+"""One thread, one world: every struct that an engine thread owns. No code here, only what things are.
+
+A turn: wait -> read everything that is ready (bounded) -> parse -> decide -> queue -> timers -> bury the dead -> flush every
+destination once -> copy the counters if somebody asked. Who does what:
+
+    conn.pyx    bytes in, bytes out: descriptors, read area, write queues, memory
+    pool.pyx    endpoints: connecting, back-off, heartbeats, ejection, the weighted choice
+    relay.pyx   frames: route, slot, patch, queue, answer, expire, retry, hold back
+    engine.pyx  the thread: epoll, commands, events, accepting; and the class that Python drives
+
+Calls go down that list only from bottom to top (engine -> relay -> pool -> conn). What must travel the other way travels as state: a
+connection that has to die is put on the doomed list, and relay buries it at one place in the turn, once.
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from .counters cimport Counters
+from .frame cimport Codec
+from .ring cimport Ring
+from .route cimport ListenerRoutes, Rule, SnapshotData
+from .slots cimport Slot, SlotTable
+from .timers cimport Timer, Wheel
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+
+cdef struct Conn
+cdef struct Entry
+cdef struct Link
+cdef struct Endpoint
+cdef struct Cluster
+cdef struct World
+cdef struct Parked
+cdef struct ConnInfo
+
+cdef enum:
+    AREA_BYTES = 1 << 20        # read area of a turn; full = flush, then the rest of the ready list
+    READ_BYTES = 1 << 17        # offered to one recv
+    READ_BYTES_PER_TURN = 1 << 18   # one busy connection gets no more per turn
+    PART_IN_AREA_BYTES = 4096   # a shorter half frame is copied to the area, a longer one is completed where it lies
+    EVENTS_PER_TURN = 512       # ready descriptors taken per wait
+    TIMERS_PER_TURN = 1024
+    ACCEPTS_PER_TURN = 64
+    IOVECS = 64
+    FLUSH_BYTES = 1 << 18       # handed to one send
+    COPY_BYTES = 1024           # frames up to this length are gathered by copying, longer ones by reference
+    STAGE_BYTES = 1 << 16
+    PAUSE_MS = 1000             # a client over its quota is held back this long at most
+    LINGER_MS = 1000            # after our last word to a client that is out of step, its bytes are thrown away this long
+    DRAIN_QUIET_MS = 200        # a draining client connection is closed when it owes nothing and was quiet this long
+    IDS = 1 << 16               # ids of listeners, clusters and endpoints are below this
+    PARKED_MAX = 1024           # frames awaiting a verdict, per thread
+
+cdef enum Role:
+    ROLE_DOWNSTREAM = 0
+    ROLE_UPSTREAM = 1
+    ROLE_LISTENER = 2
+    ROLE_WAKE = 3               # the eventfd by which others wake the thread
+
+cdef enum ConnState:
+    CONN_CONNECTING = 0
+    CONN_OPEN = 1
+    CONN_DRAINING = 2           # takes no new requests, closes when nothing is owed
+    CONN_DOOMED = 3             # on the doomed list; nothing reads or writes it any more
+
+cdef enum Hold:                 # why a connection is not read (bits)
+    HOLD_QUOTA = 1              # over its quota towards one cluster (bounded by PAUSE_MS)
+    HOLD_SLOW_READER = 2        # it does not read its answers
+    HOLD_PARKED = 4             # a frame of it waits for a verdict: order is kept by not reading on
+    HOLD_PUNT = 8               # the event ring was full for a frame of it
+    HOLD_EOF = 16               # it said its last word; what it asked is still answered (half-close)
+    HOLD_SHORTAGE = 64          # a listener that found no descriptor or no memory
+    HOLD_ORDER = 32             # answers by order: the next request waits until this one is answered
+
+cdef enum Flow:
+    FLOW_OPEN = 0
+    FLOW_PAUSED = 1
+    FLOW_SHEDDING = 2           # the pause is over and nothing moved: further requests are answered "overload"
+
+cdef enum EntryKind:
+    ENTRY_REQUEST = 0           # somebody waits for the answer: has a slot
+    ENTRY_ONEWAY = 1
+    ENTRY_ANSWER = 2            # somebody's answer, forwarded
+    ENTRY_OWN = 3               # made by the mesh: errors, heartbeats, their acknowledgements
+    ENTRY_PART = 4              # a middle or last part of a frame that is streamed
+
+cdef enum TimerKind:
+    TIMER_CONN = 0              # owner Conn: idle, first byte, half frame, pause, drain, connect, heartbeat, accept again
+    TIMER_SLOT = 1              # owner Slot: deadline or end of rest
+    TIMER_ENDPOINT = 2          # owner Endpoint: reconnect, end of ejection
+    TIMER_PARKED = 3            # owner Parked: deadline of a frame that waits for a verdict
+
+cdef struct Budget:             # all buffers of one thread
+    uint64_t used
+    uint64_t max                # memory_bytes_max / threads
+    uint64_t refused
+    uint64_t fail_at            # test hook: the k-th allocation from now fails, 0 = none
+
+cdef struct Io:
+    # A connection's I/O is these four: TLS, or a simulated network, is another set. recv and send return bytes, 0 (recv: end of
+    # stream), or -errno; EAGAIN means "would block".
+    int64_t (*recv)(Conn* conn, iovec* iov, int count) noexcept nogil
+    int64_t (*send)(Conn* conn, iovec* iov, int count) noexcept nogil
+    void (*shutdown)(Conn* conn) noexcept nogil
+    int (*can_move)(const Conn* conn) noexcept nogil
+
+cdef struct Entry:              # one frame in a write queue
+    Entry* next
+    uint8_t* data
+    uint32_t size
+    uint32_t written
+    uint32_t room               # bytes allocated at `data`; 0 = it lies in the read area and must leave or be spilled this turn
+    uint8_t kind                # EntryKind
+    uint8_t block               # REQUESTS or PUSHES, for the ledger of one-way frames
+    uint8_t begun               # a byte of it was written: it can neither be withdrawn nor sent elsewhere
+    uint8_t dropped             # withdrawn before its first byte was written: skipped by the flush
+    uint8_t tries
+    uint32_t row
+    Slot* slot                  # ENTRY_REQUEST: gets sent_ns when the last byte is handed over
+    Link* link                  # whose quota it uses, or NULL
+    uint64_t received_ns        # 0 = no hop to measure
+
+cdef struct Link:               # one client connection's use of one cluster; outlives the client while entries point at it
+    Link* next
+    Conn* client                # NULL once the client has gone
+    uint64_t upstream           # BIND_PER_CLIENT: handle of its own upstream connection
+    uint64_t queued_bytes
+    uint32_t cluster            # stable id
+    uint32_t entries
+    uint8_t flow
+    uint64_t pause_until_ms
+
+cdef struct Parked:
+    Parked* next
+    Timer timer
+    uint64_t ticket
+    uint64_t client
+    uint8_t* data
+    uint32_t size
+    uint32_t row
+    uint32_t cluster            # stable id
+    uint8_t oneway
+    uint64_t received_ns
+
+cdef struct Conn:
+    int fd
+    uint32_t index              # handle = generation << 32 | index
+    uint32_t generation
+    uint8_t role
+    uint8_t state
+    uint8_t hold                # Hold bits; not 0 = EPOLLIN is off
+    uint8_t close_reason        # CloseReason, once doomed
+    uint32_t armed              # epoll events in force
+    int close_errno
+    const Codec* codec
+    const Io* io
+    void* codec_state
+    Conn* dirty_next            # write list of the turn; a conn is on it exactly when `dirty`
+    Conn* doomed_next
+    uint8_t dirty
+    uint8_t blocked             # the kernel took less than offered: nothing is tried before EPOLLOUT
+    uint8_t spoke               # a byte was ever received
+    uint8_t lingering           # told why it ends: what it still sends is thrown away
+    uint8_t cut_through         # parts are forwarded as they come
+    uint8_t heartbeat_open      # ours awaits its acknowledgement
+    uint8_t part_ready          # the half frame's buffer may hold whole frames: reading was held between two of them
+    uint8_t resuming            # on the resume list
+    Conn* resume_next
+    # half frame: bytes of a frame begun and not finished; NULL on an idle connection
+    uint8_t* part
+    uint32_t part_size
+    uint32_t part_room
+    uint32_t part_need          # bytes that the frame surely needs
+    # write queue
+    Entry* head
+    Entry* tail
+    uint64_t queued_bytes
+    # ids
+    SlotTable sent              # requests that we sent on this connection
+    Slot* asked                 # requests of this connection that wait for their answer elsewhere
+    uint32_t asked_count
+    # time, ms of CLOCK_MONOTONIC
+    Timer timer
+    uint64_t opened_ms
+    uint64_t read_ms            # last byte received
+    uint64_t wrote_ms           # last byte accepted by the kernel
+    uint64_t linger_until_ms
+    uint64_t frame_began_ms     # 0 = at a frame boundary
+    # downstream
+    uint32_t listener
+    uint32_t row
+    Link* links
+    uint32_t links_count
+    Parked* parked
+    # upstream
+    Endpoint* endpoint
+    Conn* endpoint_next         # all connections of the endpoint
+    uint64_t heartbeat_ms       # when ours was sent
+    uint64_t last_client        # handle of the client that used it last
+    uint64_t owner              # BIND_PER_CLIENT: its client
+    uint8_t counted             # Endpoint.up counts it
+    # streamed frames (VIEW_PARTS, 1:1 bindings)
+    uint64_t stream_to          # handle that the parts of the frame being received go to, 0 = discard
+    uint8_t streaming           # between FIRST and LAST
+    uint8_t stream_block
+    uint32_t stream_row
+    uint8_t answer_open         # part of an answer was forwarded to this client and its LAST was not
+
+cdef struct Endpoint:
+    uint32_t id
+    uint32_t row
+    uint32_t weight             # configured
+    uint32_t effective          # weight x slow start x health, scaled; 0 = not chosen
+    Cluster* cluster            # NULL once gone
+    uint64_t version            # of the last snapshot that had it
+    Conn* conns                 # every connection, draining ones too
+    uint32_t conns_count
+    uint32_t up                 # OPEN ones
+    uint32_t in_flight
+    uint32_t failures           # in a row
+    uint32_t ejections          # in a row
+    uint32_t backoff_step
+    uint64_t retry_at_ms        # no connect before
+    uint64_t ejected_until_ms   # 0 = not ejected
+    uint64_t ramp_from_ms       # slow start began, 0 = at full weight
+    Timer timer
+    uint8_t gone                # not in the snapshot any more: freed with its last connection
+    uint8_t ever_up
+    uint32_t address_size
+    uint8_t address[128]
+
+cdef struct Cluster:
+    uint32_t id
+    uint32_t row
+    const Codec* codec
+    uint8_t binding
+    uint8_t server_requests
+    uint16_t connections
+    Endpoint** endpoints
+    uint32_t endpoints_count
+    uint64_t* cumulative        # of the effective weights
+    uint64_t total
+    uint64_t recompute_ms       # cumulative is good until then (slow start moves it), 0 = now
+    uint32_t endpoints_room
+    uint32_t ejected
+    uint64_t version            # of the last snapshot that had it
+    Cluster* next
+
+cdef struct Bucket:
+    uint64_t tokens_micro       # a token is 1e6
+    uint64_t filled_ns
+
+cdef struct World:
+    int epfd
+    int wake_fd
+    int notify_fd               # wakes the main thread
+    int reserve_fd              # given up for a moment when descriptors run out
+    uint32_t thread
+    uint32_t threads
+    World* worlds               # all of them, for handing accepted connections over
+    const SnapshotData* snapshot
+    uint64_t version            # of `snapshot`, read by Python
+    # by the stable ids that Python hands out (all < IDS); calloc'ed, so pages that nobody uses cost nothing
+    const ListenerRoutes** listener_of
+    Cluster** cluster_of
+    Endpoint** endpoint_of
+    Cluster* clusters           # every cluster of the snapshot
+    Wheel wheel
+    Counters* counters
+    Budget budget
+    uint64_t now_ns             # of the last clock reading
+    uint64_t now_ms
+    # connections
+    Conn** conns
+    uint32_t* generations
+    uint32_t* free_indices
+    uint32_t conns_room
+    uint32_t free_count
+    uint32_t conns_high
+    uint32_t downstreams        # also read by the accepting thread
+    Conn* dirty
+    Conn* doomed
+    Conn* resume                # held connections that may go on with what they have buffered
+    uint8_t* block              # memory of its own that the frame being handled lies in; NULL = the read area
+    uint32_t block_room
+    Entry* free_entries
+    uint32_t free_entries_count
+    # read area and gather stage
+    uint8_t* area
+    uint32_t area_used
+    uint8_t* stage
+    # hooks
+    Bucket* buckets             # by row
+    Parked* parked
+    uint32_t parked_count
+    uint64_t tickets
+    uint64_t sample_count
+    uint32_t log_tokens[16]     # abnormal ends reported this second, by reason
+    uint64_t log_second
+    # rings
+    Ring commands               # Python -> this thread
+    Ring events                 # this thread -> Python
+    Ring inbox                  # thread 0 -> this thread: accepted descriptors
+    uint32_t notify_due         # an event was pushed in this turn
+    # state
+    uint8_t draining
+    uint8_t refusing            # the grace period is over
+    uint8_t stopping
+    uint8_t ended
+    uint8_t relieved            # the largest buffer was given up in this turn
+    uint16_t first_generation
+    uint64_t random
+    uint64_t spin_ns
+    uint64_t gap_ns             # smoothed time between two wake-ups: spinning pays only while it is short
+    uint64_t busy_ns            # when the last turn with events ended
+    # watchdog: read and written with atomics
+    uint64_t turn               # the turn that runs ...
+    uint64_t awake              # ... 1 between wait and wait
+    uint64_t seen_turn          # watchdog's own
+    uint64_t stuck_ticks        # ... of 100 ms in which the same turn ran
+    uint64_t stalled_ms         # longest stall not yet told to Python
+    uint64_t pthread
+    # dumps for the admin pages
+    uint64_t dump_asked
+    uint64_t dump_made
+    ConnInfo* dump
+    uint32_t dump_count
+
+cdef struct ConnInfo:
+    uint64_t handle
+    uint8_t role
+    uint8_t state
+    uint8_t hold
+    uint32_t listener
+    uint32_t endpoint
+    uint32_t in_flight
+    uint32_t asked
+    uint64_t queued_bytes
+    uint32_t partial_bytes
+    uint32_t age_ms
+    uint32_t idle_ms
+    uint32_t peer_size
+    uint8_t peer[128]
+
+cdef enum EventKind:
+    EVENT_SNAPSHOT = 1
+    EVENT_ENDPOINT_UP = 2
+    EVENT_ENDPOINT_DOWN = 3
+    EVENT_EJECTED = 4
+    EVENT_RESTORED = 5
+    EVENT_CLOSED = 6
+    EVENT_REFUSED = 7
+    EVENT_ACCEPT_PAUSED = 8
+    EVENT_PARKED = 9
+    EVENT_SAMPLE = 10
+    EVENT_STALL = 11
+    EVENT_DRAINED = 12
+    EVENT_STOPPED = 13
+
+cdef enum CommandKind:
+    COMMAND_PUBLISH = 1         # a = SnapshotData*
+    COMMAND_LISTEN = 2          # a = listener id, b = fd (ours from now on)
+    COMMAND_UNLISTEN = 3        # a = listener id
+    COMMAND_DRAIN = 4
+    COMMAND_ABORT = 5           # end of the grace period
+    COMMAND_STOP = 6
+    COMMAND_SEND = 7            # a = handle, payload = bytes
+    COMMAND_CLOSE = 8           # a = handle
+    COMMAND_VERDICT = 9         # a = ticket, b = cluster id; c = 0 refuse, 1 its own cluster, 2 cluster b
+    COMMAND_DUMP = 10
+    COMMAND_STALL = 11          # test hook: a = ms
+    COMMAND_FAIL_ALLOC = 12     # test hook: a = k
