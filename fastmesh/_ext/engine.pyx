@@ -1,0 +1,1051 @@
+# cython: language_level=3
+"""The thread, and what Python drives (contracts: engine.pxd, world.pxd, engine.pyi)."""
+
+import os
+import socket
+import struct
+import threading
+from typing import NamedTuple
+
+from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, errno
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+
+from .bytes cimport memcmp, memcpy, memset
+from .conn cimport (
+    conn_arm,
+    conn_check_by,
+    conn_dirty,
+    conn_doom,
+    conn_free,
+    conn_handle,
+    conn_hold,
+    conn_new,
+    conn_of,
+    conn_release,
+    event_push,
+    flush_all,
+    mem_give,
+    mem_take,
+    queue_own,
+    world_clock,
+)
+from .counters cimport (
+    C_CONNECTIONS,
+    C_OPENED,
+    C_REFUSED,
+    CLOSED_BY_COMMAND,
+    CLOSED_BY_PEER,
+    CLOSED_DRAINED,
+    P_ACCEPT_PAUSES,
+    P_CONNECTIONS,
+    P_SPINS,
+    P_STALE_HANDLE,
+    P_STALLS,
+    P_TIMERS,
+    P_TURNS,
+    P_WAITS,
+    ROWS_MAX,
+    counters_copy,
+    counters_free,
+    counters_new,
+    reading_add,
+    reading_new,
+    row_of,
+)
+from .frame cimport VIEW_PARTS
+from .pool cimport pool_conn_due, pool_connected, pool_endpoint_due, pool_stop, pool_sync
+from .relay cimport (
+    relay_abort,
+    relay_bury,
+    relay_client_due,
+    relay_parked_due,
+    relay_readable,
+    relay_resume,
+    relay_slot_due,
+    relay_verdict,
+)
+from .ring cimport Record, record_payload, ring_peek, ring_pop, ring_push, ring_start, ring_stop
+from .route cimport BIND_PER_CLIENT, ListenerRoutes, Snapshot, SnapshotData
+from .slots cimport Slot, slots_start
+from .timers cimport Timer, timer_set, wheel_due, wheel_sleep_ms, wheel_start
+from .world cimport (
+    ACCEPTS_PER_TURN,
+    AREA_BYTES,
+    COMMAND_ABORT,
+    COMMAND_CLOSE,
+    COMMAND_DRAIN,
+    COMMAND_DUMP,
+    COMMAND_FAIL_ALLOC,
+    COMMAND_LISTEN,
+    COMMAND_PUBLISH,
+    COMMAND_SEND,
+    COMMAND_STALL,
+    COMMAND_STOP,
+    COMMAND_UNLISTEN,
+    COMMAND_VERDICT,
+    CONN_CONNECTING,
+    CONN_DOOMED,
+    CONN_DRAINING,
+    CONN_OPEN,
+    EVENT_ACCEPT_PAUSED,
+    EVENT_CLOSED,
+    EVENT_DRAINED,
+    EVENT_REFUSED,
+    EVENT_SNAPSHOT,
+    EVENT_STOPPED,
+    EVENTS_PER_TURN,
+    HOLD_SHORTAGE,
+    IDS,
+    PART_IN_AREA_BYTES,
+    ROLE_DOWNSTREAM,
+    ROLE_LISTENER,
+    ROLE_UPSTREAM,
+    ROLE_WAKE,
+    STAGE_BYTES,
+    TIMER_CONN,
+    TIMER_ENDPOINT,
+    TIMER_PARKED,
+    TIMER_SLOT,
+    TIMERS_PER_TURN,
+    Bucket,
+    Cluster,
+    Conn,
+    ConnInfo,
+    Endpoint,
+    Parked,
+    World,
+)
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        uint64_t u64
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_wait(int epfd, epoll_event* events, int most, int timeout_ms)
+    int EPOLL_CLOEXEC
+    uint32_t EPOLLIN
+    uint32_t EPOLLOUT
+    uint32_t EPOLLERR
+    uint32_t EPOLLHUP
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int value, int flags)
+    int EFD_NONBLOCK
+    int EFD_CLOEXEC
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+    int dup(int fd)
+    long read(int fd, void* data, size_t n)
+    long write(int fd, const void* data, size_t n)
+
+cdef extern from "<fcntl.h>" nogil:
+    int c_open "open"(const char* path, int flags)
+    int O_RDONLY
+    int O_CLOEXEC
+
+cdef extern from *:
+    """
+    #include <execinfo.h>
+    #include <netinet/in.h>
+    #include <netinet/tcp.h>
+    #include <pthread.h>
+    #include <signal.h>
+    #include <stdlib.h>
+    #include <string.h>
+    #include <sys/socket.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    int accept4(int fd, struct sockaddr *address, socklen_t *size, int flags);
+
+    static int fm_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC); }
+
+    static void fm_nodelay(int fd) {
+        int one = 1;   /* fails on a UNIX socket, where there is nothing to delay */
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    }
+
+    static uint32_t fm_peer(int fd, uint8_t *room) {
+        socklen_t size = 128;
+        if (getpeername(fd, (struct sockaddr *)room, &size) != 0 || size > 128) return 0;
+        return (uint32_t)size;
+    }
+
+    /* Engine threads take no signals: those belong to the main thread. SIGABRT stays open, because the watchdog
+     * makes a stuck thread print its own stack that way. */
+    static uint64_t fm_enter_thread(void) {
+        sigset_t all;
+        sigfillset(&all);
+        sigdelset(&all, SIGABRT);
+        pthread_sigmask(SIG_SETMASK, &all, NULL);
+        return (uint64_t)pthread_self();
+    }
+
+    static void fm_on_abort(int sig) {
+        void *frames[64];
+        static const char head[] = "fastmesh: an engine thread was stuck in one turn for 5 s; its stack:\\n";
+        ssize_t ignored = write(2, head, sizeof head - 1);
+        (void)ignored;
+        backtrace_symbols_fd(frames, backtrace(frames, 64), 2);
+        signal(SIGABRT, SIG_DFL);
+        raise(sig);
+    }
+
+    static void fm_abort_thread(uint64_t thread) {
+        void *warm[1];
+        (void)backtrace(warm, 1);   /* loads what it needs outside the handler */
+        signal(SIGABRT, fm_on_abort);
+        pthread_kill((pthread_t)thread, SIGABRT);
+        sleep(2);
+        abort();
+    }
+
+    static void fm_nap_ms(uint64_t ms) {
+        struct timespec ts = { (time_t)(ms / 1000), (long)(ms % 1000) * 1000000L };
+        nanosleep(&ts, NULL);
+    }
+    """
+    int fm_accept(int fd) nogil
+    void fm_nodelay(int fd) nogil
+    uint32_t fm_peer(int fd, uint8_t* room) nogil
+    uint64_t fm_enter_thread() nogil
+    void fm_abort_thread(uint64_t thread) nogil
+    void fm_nap_ms(uint64_t ms) nogil
+
+cdef extern from "atomics.h" nogil:
+    uint64_t load64 "fm_load"(uint64_t* p)
+    void store64 "fm_store"(uint64_t* p, uint64_t v)
+    uint32_t load32 "fm_load"(uint32_t* p)
+    uint32_t add32 "fm_add"(uint32_t* p, uint32_t v)
+    bint likely "fm_likely"(bint x)
+    bint unlikely "fm_unlikely"(bint x)
+
+cdef enum:
+    RING_BYTES = 1 << 20          # commands and events, each way and thread: pages that nobody uses cost nothing
+    INBOX_BYTES = 1 << 16         # accepted descriptors on their way to another thread
+    ACCEPT_AGAIN_MS = 100         # after a shortage of descriptors
+    REFUSE_PERCENT = 90           # of the memory budget: no new connections
+    RELIEVE_PERCENT = 95          # of the memory budget: the connection that holds most is closed
+    SLEEP_MS_MAX = 60000
+    WATCH_MS = 100                # the watchdog's tick
+    STUCK_TICKS = 50              # ticks in one and the same turn until it aborts the process
+    DUMP_MAX = 10000
+
+
+# === life of a world ==========================================================================================================
+
+cdef int world_start(World* w) noexcept nogil:
+    cdef Conn* wake
+    w.epfd = w.wake_fd = w.reserve_fd = -1
+    world_clock(w)
+    wheel_start(&w.wheel, w.now_ms)
+    w.counters = counters_new()
+    w.area = <uint8_t*>malloc(AREA_BYTES)
+    w.stage = <uint8_t*>malloc(STAGE_BYTES)
+    w.buckets = <Bucket*>calloc(ROWS_MAX, sizeof(Bucket))
+    w.listener_of = <const ListenerRoutes**>calloc(IDS, sizeof(void*))
+    w.cluster_of = <Cluster**>calloc(IDS, sizeof(void*))
+    w.endpoint_of = <Endpoint**>calloc(IDS, sizeof(void*))
+    if w.counters == NULL or w.area == NULL or w.stage == NULL or w.buckets == NULL or w.listener_of == NULL or \
+            w.cluster_of == NULL or w.endpoint_of == NULL:
+        errno_is_nomem()
+        return -1
+    if ring_start(&w.commands, RING_BYTES) != 0 or ring_start(&w.events, RING_BYTES) != 0 or \
+            ring_start(&w.inbox, INBOX_BYTES) != 0:
+        errno_is_nomem()
+        return -1
+    w.epfd = epoll_create1(EPOLL_CLOEXEC)
+    w.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+    w.reserve_fd = c_open(b"/dev/null", O_RDONLY | O_CLOEXEC)
+    if w.epfd < 0 or w.wake_fd < 0 or w.reserve_fd < 0:
+        return -1
+    wake = conn_new(w, w.wake_fd, ROLE_WAKE)
+    if wake == NULL:
+        errno_is_nomem()
+        return -1
+    wake.state = CONN_OPEN
+    return conn_arm(w, wake, EPOLLIN)
+
+
+cdef void errno_is_nomem() noexcept nogil:
+    global errno
+    errno = ENOMEM
+
+
+cdef void world_free(World* w) noexcept nogil:
+    """After world_run() has returned (or was never called)."""
+    if w.counters != NULL:
+        counters_free(w.counters)
+    free(w.area)
+    free(w.stage)
+    free(w.buckets)
+    free(w.listener_of)
+    free(w.cluster_of)
+    free(w.endpoint_of)
+    free(w.dump)
+    free(w.conns)
+    free(w.generations)
+    free(w.free_indices)
+    ring_stop(&w.commands)
+    ring_stop(&w.events)
+    ring_stop(&w.inbox)
+    if w.epfd >= 0:
+        close(w.epfd)
+    if w.wake_fd >= 0:
+        close(w.wake_fd)
+    if w.reserve_fd >= 0:
+        close(w.reserve_fd)
+
+
+cdef void wake(int fd) noexcept nogil:
+    cdef uint64_t one = 1
+    write(fd, &one, sizeof(one))    # full = it is awake already
+
+
+# === snapshots ================================================================================================================
+
+cdef void take_snapshot(World* w, const SnapshotData* s) noexcept nogil:
+    """From this turn on every frame sees `s`, and nothing of the one before."""
+    cdef const SnapshotData* old = w.snapshot
+    cdef uint32_t i
+    cdef Conn* c
+    cdef bint limits_changed = old == NULL or memcmp(&old.limits, &s.limits, sizeof(s.limits)) != 0
+    w.snapshot = s
+    w.budget.max = s.limits.memory_bytes_max // w.threads
+    if pool_sync(w, s) != 0:
+        # No memory even for this: the old one stays in force, and `version` shows it.
+        w.snapshot = old
+        event_push(w, EVENT_SNAPSHOT, s.version, 1, 0, NULL, 0)
+        return
+    if old != NULL:
+        for i in range(old.listeners_count):
+            w.listener_of[old.listeners[i].id] = NULL
+    for i in range(s.listeners_count):
+        w.listener_of[s.listeners[i].id] = &s.listeners[i]
+    if limits_changed:
+        for i in range(w.conns_high):
+            c = w.conns[i]
+            if c != NULL and c.state != CONN_DOOMED and (c.role == ROLE_DOWNSTREAM or c.role == ROLE_UPSTREAM):
+                c.sent.capacity = s.limits.in_flight_max
+                conn_check_by(w, c, w.now_ms)
+    store64(&w.version, s.version)
+    event_push(w, EVENT_SNAPSHOT, s.version, 0, 0, NULL, 0)
+
+
+# === accepting ================================================================================================================
+
+cdef bint may_cut_through(const World* w, const ListenerRoutes* routes) noexcept nogil:
+    """Parts may be forwarded as they come only where both ends are bound 1:1, else parts of two frames could mix."""
+    cdef uint32_t i
+    if routes.codec.view != VIEW_PARTS or routes.rules_count == 0:
+        return False
+    for i in range(routes.rules_count):
+        if routes.rules[i].cluster != routes.rules[0].cluster or routes.rules[i].park:
+            return False
+    return w.snapshot.clusters[routes.rules[0].cluster].binding == BIND_PER_CLIENT
+
+
+cdef void adopt(World* w, int fd, uint32_t listener) noexcept nogil:
+    """A new client connection; it was counted in `downstreams` by whoever accepted it."""
+    cdef const ListenerRoutes* routes = w.listener_of[listener]
+    cdef Conn* c = NULL
+    if routes != NULL and not w.stopping:
+        c = conn_new(w, fd, ROLE_DOWNSTREAM)
+    if c == NULL:
+        close(fd)
+        add32(&w.downstreams, <uint32_t>-1)
+        return
+    c.codec = routes.codec
+    c.listener = listener
+    c.row = routes.row
+    c.state = CONN_DRAINING if w.draining else CONN_OPEN
+    c.cut_through = may_cut_through(w, routes)
+    slots_start(&c.sent, w.snapshot.limits.in_flight_max, w.first_generation)
+    if c.codec.state_bytes:
+        c.codec_state = mem_take(w, c.codec.state_bytes)
+        if c.codec_state != NULL:
+            memset(c.codec_state, 0, c.codec.state_bytes)
+    fm_nodelay(fd)
+    if (c.codec.state_bytes and c.codec_state == NULL) or conn_arm(w, c, EPOLLIN) != 0:
+        conn_free(w, c)
+        add32(&w.downstreams, <uint32_t>-1)
+        return
+    w.counters.p[P_CONNECTIONS] += 1
+    row_of(w.counters, c.row).c[C_CONNECTIONS] += 1
+    row_of(w.counters, c.row).c[C_OPENED] += 1
+    conn_check_by(w, c, w.now_ms + (0 if w.draining else w.snapshot.limits.first_byte_timeout_ms))
+
+
+cdef World* least_loaded(World* w, uint32_t* total) noexcept nogil:
+    cdef uint32_t i, count, fewest = 0xffffffff
+    cdef World* best = w
+    total[0] = 0
+    for i in range(w.threads):
+        count = load32(&w.worlds[i].downstreams)
+        total[0] += count
+        if count < fewest:
+            fewest = count
+            best = &w.worlds[i]
+    return best
+
+
+cdef void accept_some(World* w, Conn* listener) noexcept nogil:
+    cdef int i, fd, spare
+    cdef uint32_t total = 0
+    cdef World* to
+    cdef uint64_t* row = row_of(w.counters, listener.row).c
+    for i in range(ACCEPTS_PER_TURN):
+        fd = fm_accept(listener.fd)
+        if fd < 0:
+            if errno == EAGAIN:
+                return
+            if errno == EINTR or errno == ECONNABORTED:
+                continue
+            if errno == EMFILE or errno == ENFILE:
+                # One is let in and shown out on the descriptor kept for this, so that it is told and not left hanging.
+                spare = errno
+                close(w.reserve_fd)
+                fd = fm_accept(listener.fd)
+                if fd >= 0:
+                    row[C_REFUSED] += 1
+                    close(fd)
+                w.reserve_fd = c_open(b"/dev/null", O_RDONLY | O_CLOEXEC)
+            else:
+                spare = errno
+            w.counters.p[P_ACCEPT_PAUSES] += 1
+            event_push(w, EVENT_ACCEPT_PAUSED, listener.listener, <uint64_t>spare, 0, NULL, 0)
+            conn_hold(w, listener, HOLD_SHORTAGE)
+            conn_check_by(w, listener, w.now_ms + ACCEPT_AGAIN_MS)
+            return
+        to = least_loaded(w, &total)
+        if total >= w.snapshot.limits.connections_max or w.budget.used * 100 >= w.budget.max * REFUSE_PERCENT:
+            row[C_REFUSED] += 1
+            event_push(w, EVENT_REFUSED, listener.listener, total, 0, NULL, 0)
+            close(fd)
+            continue
+        add32(&to.downstreams, 1)
+        if to != w:
+            if ring_push(&to.inbox, 1, listener.listener, <uint64_t>fd, 0, NULL, 0) == 0:
+                wake(to.wake_fd)
+                continue
+            add32(&to.downstreams, <uint32_t>-1)
+            add32(&w.downstreams, 1)
+        adopt(w, fd, listener.listener)
+
+
+# === commands =================================================================================================================
+
+cdef void listen_on(World* w, uint32_t id, int fd) noexcept nogil:
+    cdef Conn* c = conn_new(w, fd, ROLE_LISTENER)
+    if c == NULL:
+        close(fd)
+        event_push(w, EVENT_ACCEPT_PAUSED, id, ENOMEM, 0, NULL, 0)
+        return
+    c.state = CONN_OPEN
+    c.listener = id
+    if w.listener_of[id] != NULL:
+        c.row = w.listener_of[id].row
+    if conn_arm(w, c, EPOLLIN) != 0:
+        event_push(w, EVENT_ACCEPT_PAUSED, id, <uint64_t>errno, 0, NULL, 0)
+        conn_free(w, c)
+
+
+cdef void drain_clients(World* w, bint all, uint32_t listener) noexcept nogil:
+    cdef uint32_t i
+    cdef Conn* c
+    for i in range(w.conns_high):
+        c = w.conns[i]
+        if c == NULL or c.state == CONN_DOOMED or not (all or c.listener == listener):
+            continue
+        if c.role == ROLE_LISTENER:
+            conn_doom(w, c, CLOSED_BY_COMMAND, 0)
+        elif c.role == ROLE_DOWNSTREAM:
+            c.state = CONN_DRAINING
+            conn_check_by(w, c, w.now_ms)
+
+
+cdef void make_dump(World* w) noexcept nogil:
+    cdef uint32_t i, n = 0
+    cdef Conn* c
+    cdef ConnInfo* info
+    free(w.dump)
+    w.dump_count = 0
+    w.dump = <ConnInfo*>calloc(w.conns_high if w.conns_high < DUMP_MAX else DUMP_MAX, sizeof(ConnInfo))
+    if w.dump != NULL:
+        for i in range(w.conns_high):
+            c = w.conns[i]
+            if n == DUMP_MAX:
+                break
+            if c == NULL or (c.role != ROLE_DOWNSTREAM and c.role != ROLE_UPSTREAM):
+                continue
+            info = &w.dump[n]
+            n += 1
+            info.handle = conn_handle(c)
+            info.role = c.role
+            info.state = c.state
+            info.hold = c.hold
+            info.listener = c.listener
+            info.endpoint = c.endpoint.id if c.endpoint != NULL else 0
+            info.in_flight = c.sent.used - c.sent.resting
+            info.asked = c.asked_count
+            info.queued_bytes = c.queued_bytes
+            info.partial_bytes = c.part_size
+            info.age_ms = <uint32_t>(w.now_ms - c.opened_ms)
+            info.idle_ms = <uint32_t>(w.now_ms - c.read_ms)
+            info.peer_size = fm_peer(c.fd, info.peer)
+        w.dump_count = n
+
+
+cdef void stop_world(World* w) noexcept nogil:
+    cdef uint32_t i
+    cdef Conn* c
+    w.stopping = 1
+    relay_bury(w)
+    flush_all(w)
+    for i in range(w.conns_high):
+        c = w.conns[i]
+        if c != NULL and c.role != ROLE_WAKE:
+            conn_doom(w, c, CLOSED_BY_COMMAND, 0)
+    relay_bury(w)
+    for i in range(w.conns_high):
+        if w.conns[i] != NULL:
+            conn_free(w, w.conns[i])
+    w.wake_fd = -1      # closed with its connection
+    pool_stop(w)
+    while w.free_entries != NULL:
+        entry = w.free_entries
+        w.free_entries = entry.next
+        mem_give(w, entry, sizeof(entry[0]))
+    w.ended = 1
+    event_push(w, EVENT_STOPPED, 0, 0, 0, NULL, 0)
+
+
+cdef void run_commands(World* w) noexcept nogil:
+    cdef const Record* r
+    cdef Conn* c
+    while not w.ended:
+        r = ring_peek(&w.commands)
+        if r == NULL:
+            break
+        if r.kind == COMMAND_PUBLISH:
+            take_snapshot(w, <const SnapshotData*>r.a)
+        elif r.kind == COMMAND_LISTEN:
+            listen_on(w, <uint32_t>r.a, <int>r.b)
+        elif r.kind == COMMAND_UNLISTEN:
+            drain_clients(w, False, <uint32_t>r.a)
+        elif r.kind == COMMAND_DRAIN:
+            w.draining = 1
+            drain_clients(w, True, 0)
+        elif r.kind == COMMAND_ABORT:
+            relay_abort(w)
+        elif r.kind == COMMAND_SEND:
+            c = conn_of(w, r.a)
+            if c == NULL:
+                w.counters.p[P_STALE_HANDLE] += 1
+            else:
+                queue_own(w, c, record_payload(r), r.size)
+        elif r.kind == COMMAND_CLOSE:
+            c = conn_of(w, r.a)
+            if c == NULL or c.role == ROLE_WAKE:
+                w.counters.p[P_STALE_HANDLE] += 1
+            else:
+                conn_doom(w, c, CLOSED_BY_COMMAND, 0)
+        elif r.kind == COMMAND_VERDICT:
+            relay_verdict(w, r.a, r.b, <int>r.c)
+        elif r.kind == COMMAND_DUMP:
+            make_dump(w)
+            store64(&w.dump_made, r.a)
+            w.notify_due = 1
+        elif r.kind == COMMAND_STALL:
+            fm_nap_ms(r.a)
+        elif r.kind == COMMAND_FAIL_ALLOC:
+            w.budget.fail_at = r.a
+        elif r.kind == COMMAND_STOP:
+            stop_world(w)
+        ring_pop(&w.commands)
+    if w.ended:
+        return
+    while True:
+        r = ring_peek(&w.inbox)
+        if r == NULL:
+            break
+        adopt(w, <int>r.b, <uint32_t>r.a)
+        ring_pop(&w.inbox)
+
+
+# === a turn ===================================================================================================================
+
+cdef void on_ready(World* w, uint64_t handle, uint32_t events) noexcept nogil:
+    cdef Conn* c = conn_of(w, handle)
+    cdef uint64_t count
+    if c == NULL:
+        return      # ended earlier in this turn
+    if c.role == ROLE_WAKE:
+        read(c.fd, &count, sizeof(count))
+    elif c.role == ROLE_LISTENER:
+        accept_some(w, c)
+    elif c.state == CONN_CONNECTING:
+        pool_connected(w, c)
+    else:
+        if events & EPOLLOUT:
+            c.blocked = 0
+            conn_dirty(w, c)
+        if events & EPOLLIN:
+            relay_readable(w, c)
+        elif events & (EPOLLERR | EPOLLHUP):
+            # Held back and gone: nothing of it can be read or answered any more.
+            conn_doom(w, c, CLOSED_BY_PEER, 0)
+
+
+cdef void run_timers(World* w) noexcept nogil:
+    cdef int i
+    cdef Timer* t
+    cdef Conn* c
+    for i in range(TIMERS_PER_TURN):
+        t = wheel_due(&w.wheel, w.now_ms)
+        if t == NULL:
+            return
+        w.counters.p[P_TIMERS] += 1
+        if t.kind == TIMER_SLOT:
+            relay_slot_due(w, <Slot*>t.owner)
+        elif t.kind == TIMER_CONN:
+            c = <Conn*>t.owner
+            if c.role == ROLE_DOWNSTREAM:
+                relay_client_due(w, c)
+            elif c.role == ROLE_UPSTREAM:
+                pool_conn_due(w, c)
+            elif c.role == ROLE_LISTENER:
+                conn_release(w, c, HOLD_SHORTAGE)
+        elif t.kind == TIMER_ENDPOINT:
+            pool_endpoint_due(w, <Endpoint*>t.owner)
+        else:
+            relay_parked_due(w, <Parked*>t.owner)
+
+
+cdef void relieve(World* w) noexcept nogil:
+    """Last step of the memory ladder (pause, shed, refuse, close): the connection that holds most gives way."""
+    cdef uint32_t i
+    cdef uint64_t most = 0, holds
+    cdef Conn* c
+    cdef Conn* largest = NULL
+    if w.budget.used * 100 < w.budget.max * RELIEVE_PERCENT:
+        return
+    for i in range(w.conns_high):
+        c = w.conns[i]
+        if c != NULL and c.state != CONN_DOOMED and (c.role == ROLE_DOWNSTREAM or c.role == ROLE_UPSTREAM):
+            holds = c.queued_bytes + c.part_room
+            if holds > most:
+                most = holds
+                largest = c
+    if largest != NULL:
+        conn_doom(w, largest, 6, 0)
+
+
+cdef int wait_ready(World* w, epoll_event* events) noexcept nogil:
+    cdef int64_t sleep_ms
+    cdef int n
+    cdef uint64_t spin_until
+    if w.doomed != NULL or w.resume != NULL or w.dirty != NULL or ring_peek(&w.commands) != NULL:
+        sleep_ms = 0
+    else:
+        sleep_ms = wheel_sleep_ms(&w.wheel, w.now_ms)
+        if sleep_ms < 0 or sleep_ms > SLEEP_MS_MAX:
+            sleep_ms = SLEEP_MS_MAX
+    w.counters.p[P_WAITS] += 1
+    if w.spin_ns and sleep_ms and w.gap_ns < 2 * w.spin_ns:
+        # Waking a sleeping thread costs more than the work: look again for a while before lying down.
+        spin_until = w.now_ns + w.spin_ns
+        while True:
+            n = epoll_wait(w.epfd, events, EVENTS_PER_TURN, 0)
+            if n != 0:
+                return n
+            w.counters.p[P_SPINS] += 1
+            world_clock(w)
+            if w.now_ns >= spin_until:
+                break
+    return epoll_wait(w.epfd, events, EVENTS_PER_TURN, <int>sleep_ms)
+
+
+cdef void turn(World* w, epoll_event* events) noexcept nogil:
+    cdef int i, n
+    cdef uint64_t gap
+    run_commands(w)
+    if w.ended:
+        return
+    relay_resume(w)
+    flush_all(w)
+    store64(&w.awake, 0)
+    n = wait_ready(w, events)
+    world_clock(w)
+    store64(&w.turn, w.turn + 1)
+    store64(&w.awake, 1)
+    w.counters.p[P_TURNS] += 1
+    for i in range(n):
+        if AREA_BYTES - w.area_used < 2 * PART_IN_AREA_BYTES + 65536:
+            relay_bury(w)
+            flush_all(w)
+        on_ready(w, events[i].data.u64, events[i].events)
+    run_timers(w)
+    relay_bury(w)
+    if unlikely(w.budget.used * 100 >= w.budget.max * RELIEVE_PERCENT):
+        relieve(w)
+        relay_bury(w)
+    flush_all(w)
+    if w.spin_ns and n > 0:
+        gap = w.now_ns - w.busy_ns
+        w.gap_ns = (w.gap_ns * 3 + (gap if gap < 1000000000 else 1000000000)) // 4
+        w.busy_ns = w.now_ns
+    if w.draining == 1 and load32(&w.downstreams) == 0:
+        w.draining = 2
+        event_push(w, EVENT_DRAINED, 0, 0, 0, NULL, 0)
+    counters_copy(w.counters)
+    if w.notify_due:
+        w.notify_due = 0
+        wake(w.notify_fd)
+
+
+cdef void world_run(World* w) noexcept nogil:
+    cdef epoll_event[512] events
+    store64(&w.pthread, fm_enter_thread())
+    while not w.ended:
+        turn(w, events)
+    store64(&w.awake, 0)
+    counters_copy(w.counters)
+    wake(w.notify_fd)
+
+
+cdef void watch(World* worlds, uint32_t threads, uint64_t* go_on) noexcept nogil:
+    """The watchdog counts its own ticks, so that a process that was stopped and resumed is not taken for a stalled one."""
+    cdef uint32_t i
+    cdef World* w
+    cdef uint64_t turn
+    fm_enter_thread()
+    while load64(go_on):
+        fm_nap_ms(WATCH_MS)
+        for i in range(threads):
+            w = &worlds[i]
+            turn = load64(&w.turn)
+            if load64(&w.awake) == 0 or turn != w.seen_turn:
+                w.seen_turn = turn
+                w.stuck_ticks = 0
+                continue
+            w.stuck_ticks += 1
+            store64(&w.stalled_ms, w.stuck_ticks * WATCH_MS)
+            if w.stuck_ticks == 1:
+                wake(w.notify_fd)
+            elif w.stuck_ticks >= STUCK_TICKS:
+                fm_abort_thread(w.pthread)
+
+
+# === what Python drives =======================================================================================================
+
+class Event(NamedTuple):
+    kind: str
+    thread: int
+    a: int
+    b: int
+    c: int
+    data: bytes
+
+
+EVENT_KINDS = (
+    "", "snapshot", "endpoint_up", "endpoint_down", "ejected", "restored", "closed", "refused", "accept_paused", "parked",
+    "sample", "stall", "drained", "stopped",
+)
+STATES = ("connecting", "open", "draining", "closing")
+HOLDS = ((1, "quota"), (2, "slow_reader"), (4, "parked"), (8, "events"), (16, "half_closed"), (32, "order"), (64, "shortage"))
+
+
+def address_text(raw: bytes) -> str:
+    """A struct sockaddr as people write it."""
+    if len(raw) < 2:
+        return "unix"
+    family = int.from_bytes(raw[:2], "little")
+    port = int.from_bytes(raw[2:4], "big") if len(raw) >= 4 else 0
+    if family == socket.AF_INET and len(raw) >= 8:
+        return f"{socket.inet_ntop(socket.AF_INET, raw[4:8])}:{port}"
+    if family == socket.AF_INET6 and len(raw) >= 24:
+        return f"[{socket.inet_ntop(socket.AF_INET6, raw[8:24])}]:{port}"
+    name = raw[2:].split(b"\0")[0].decode("utf-8", "replace")
+    return f"unix:{name}" if name else "unix"
+
+
+cdef class Engine:
+    cdef World* worlds
+    cdef uint32_t count
+    cdef uint64_t watching
+    cdef uint64_t asked
+    cdef uint64_t dumps
+    cdef readonly int event_fd
+    cdef list _threads
+    cdef list _snapshots
+    cdef object _watchdog
+    cdef bint _started, _stopped, _watch
+
+    def __cinit__(self, *, int threads=1, int spin_us=0, uint64_t memory_bytes_max=536870912, bint watchdog=True,
+                  int first_generation=1, uint64_t seed=0):
+        cdef uint32_t i
+        cdef World* w
+        self.event_fd = -1
+        if not 1 <= threads <= 64:
+            raise ValueError(f"threads: {threads} is not in 1..64")
+        if not 0 <= spin_us <= 1000000:
+            raise ValueError(f"spin_us: {spin_us} is not in 0..1000000")
+        if not 1 <= first_generation <= 0x7fff:
+            raise ValueError(f"first_generation: {first_generation} is not in 1..32767")
+        self._threads = []
+        self._snapshots = []
+        self._watch = watchdog
+        self.worlds = <World*>calloc(threads, sizeof(World))
+        if self.worlds == NULL:
+            raise MemoryError
+        self.count = threads
+        for i in range(self.count):
+            self.worlds[i].epfd = self.worlds[i].wake_fd = self.worlds[i].reserve_fd = -1
+        self.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if self.event_fd < 0:
+            raise OSError(errno, os.strerror(errno))
+        for i in range(self.count):
+            w = &self.worlds[i]
+            w.thread = i
+            w.threads = self.count
+            w.worlds = self.worlds
+            w.notify_fd = self.event_fd
+            w.spin_ns = <uint64_t>spin_us * 1000
+            w.first_generation = <uint16_t>first_generation
+            w.random = (seed or int.from_bytes(os.urandom(7), "little")) + i + 1
+            w.budget.max = memory_bytes_max // self.count
+            if world_start(w) != 0:
+                raise OSError(errno, os.strerror(errno))
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        if self.worlds == NULL:
+            return
+        if self._started and not self._stopped:
+            return      # threads still run in this memory: leaking it is the only safe end
+        for i in range(self.count):
+            world_free(&self.worlds[i])
+        free(self.worlds)
+        if self.event_fd >= 0:
+            close(self.event_fd)
+
+    @property
+    def threads(self):
+        return int(self.count)
+
+    cdef void command(self, uint32_t thread, uint32_t kind, uint64_t a, uint64_t b, uint64_t c, bytes payload) except *:
+        cdef World* w = &self.worlds[thread]
+        cdef const char* data = payload
+        if ring_push(&w.commands, kind, a, b, c, data, <uint32_t>len(payload)) != 0:
+            raise BlockingIOError(EAGAIN, "the engine thread has not taken the commands given before")
+        wake(w.wake_fd)
+
+    def _run(self, uint32_t thread):
+        cdef World* w = &self.worlds[thread]
+        with nogil:
+            world_run(w)
+
+    def _watch_loop(self):
+        cdef World* worlds = self.worlds
+        cdef uint32_t threads = self.count
+        cdef uint64_t* go_on = &self.watching
+        with nogil:
+            watch(worlds, threads, go_on)
+
+    def start(self, Snapshot snapshot not None):
+        cdef uint32_t i
+        if self._started:
+            raise RuntimeError("the engine was started already")
+        if snapshot.data == NULL:
+            raise ValueError("snapshot: it is not sealed")
+        self._snapshots.append(snapshot)
+        self._started = True
+        for i in range(self.count):
+            take_snapshot(&self.worlds[i], snapshot.data)
+        for i in range(self.count):
+            thread = threading.Thread(target=self._run, args=(i,), name=f"engine-{i}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        if self._watch:
+            self.watching = 1
+            self._watchdog = threading.Thread(target=self._watch_loop, name="engine-watchdog", daemon=True)
+            self._watchdog.start()
+
+    def publish(self, Snapshot snapshot not None):
+        cdef uint32_t i
+        cdef uint64_t oldest
+        if snapshot.data == NULL:
+            raise ValueError("snapshot: it is not sealed")
+        if self._snapshots and snapshot.data.version <= (<Snapshot>self._snapshots[len(self._snapshots) - 1]).data.version:
+            raise ValueError(f"snapshot: version {snapshot.data.version} is not above the one before")
+        self._snapshots.append(snapshot)
+        for i in range(self.count):
+            self.command(i, COMMAND_PUBLISH, <uint64_t>snapshot.data, 0, 0, b"")
+        self._prune()
+
+    cdef void _prune(self) except *:
+        """Drop the snapshots that no thread can hold any more: those older than what every thread has taken."""
+        cdef uint64_t oldest = self.in_force()
+        while len(self._snapshots) > 1 and (<Snapshot>self._snapshots[0]).data.version < oldest:
+            self._snapshots.pop(0)
+
+    cpdef uint64_t in_force(self):
+        cdef uint32_t i
+        cdef uint64_t oldest = load64(&self.worlds[0].version)
+        for i in range(1, self.count):
+            oldest = min(oldest, load64(&self.worlds[i].version))
+        return oldest
+
+    def listen(self, uint32_t listener_id, int fd):
+        cdef int own = dup(fd)
+        if own < 0:
+            raise OSError(errno, os.strerror(errno))
+        os.set_inheritable(own, False)
+        try:
+            self.command(0, COMMAND_LISTEN, listener_id, own, 0, b"")
+        except BlockingIOError:
+            close(own)
+            raise
+
+    def unlisten(self, uint32_t listener_id):
+        self._all(COMMAND_UNLISTEN, listener_id)
+
+    def drain(self):
+        self._all(COMMAND_DRAIN, 0)
+
+    def abort_in_flight(self):
+        self._all(COMMAND_ABORT, 0)
+
+    cdef void _all(self, uint32_t kind, uint64_t a) except *:
+        cdef uint32_t i
+        for i in range(self.count):
+            self.command(i, kind, a, 0, 0, b"")
+
+    def stop(self, int timeout_ms=5000):
+        cdef bint ended = True
+        if not self._started or self._stopped:
+            return True
+        self._all(COMMAND_STOP, 0)
+        for thread in self._threads:
+            thread.join(timeout_ms / 1000)
+            ended = ended and not thread.is_alive()
+        if self._watchdog is not None:
+            store64(&self.watching, 0)
+            self._watchdog.join(1)
+            ended = ended and not self._watchdog.is_alive()
+        self._stopped = ended
+        return bool(ended)
+
+    def send(self, uint64_t handle, bytes data not None, uint32_t thread=0):
+        self.command(thread, COMMAND_SEND, handle, 0, 0, data)
+
+    def close(self, uint64_t handle, uint32_t thread=0):
+        if thread >= self.count:
+            raise ValueError(f"thread: {thread} is not in 0..{self.count - 1}")
+        self.command(thread, COMMAND_CLOSE, handle, 0, 0, b"")
+
+    def verdict(self, uint64_t ticket, cluster_id):
+        """Tickets carry their thread."""
+        what = 0 if cluster_id is None else 1 if cluster_id == -1 else 2
+        self.command(<uint32_t>(ticket % self.count), COMMAND_VERDICT, ticket, cluster_id if what == 2 else 0, what, b"")
+
+    def events(self, int most=4096):
+        cdef uint32_t i
+        cdef const Record* r
+        cdef World* w
+        cdef uint64_t count, stalled
+        found = []
+        read(self.event_fd, &count, sizeof(count))
+        for i in range(self.count):
+            w = &self.worlds[i]
+            stalled = load64(&w.stalled_ms)
+            if stalled:
+                store64(&w.stalled_ms, 0)
+                found.append(Event("stall", i, stalled, 0, 0, b""))
+            while len(found) < most:
+                r = ring_peek(&w.events)
+                if r == NULL:
+                    break
+                data = (<const char*>record_payload(r))[:r.size]
+                if r.kind == EVENT_CLOSED:
+                    data = f"{address_text(data[4:4 + data[0]])} {data[132:132 + data[1]].hex()}".encode()
+                found.append(Event(EVENT_KINDS[r.kind], i, r.a, r.b, r.c, data))
+                ring_pop(&w.events)
+        if len(found) >= most:
+            wake(self.event_fd)     # there may be more
+        self._prune()
+        return found
+
+    def ask_counters(self):
+        cdef uint32_t i
+        self.asked += 1
+        for i in range(self.count):
+            store64(&self.worlds[i].counters.asked, self.asked)
+            wake(self.worlds[i].wake_fd)
+        return self.asked
+
+    def counters_ready(self, uint64_t ticket):
+        cdef uint32_t i
+        for i in range(self.count):
+            if load64(&self.worlds[i].counters.copied) < ticket and not self._stopped:
+                return False
+        return True
+
+    def counters(self):
+        cdef uint32_t i
+        cdef object reading = reading_new()
+        for i in range(self.count):
+            reading_add(reading, self.worlds[i].counters)
+        return reading
+
+    def ask_connections(self):
+        self.dumps += 1
+        self._all(COMMAND_DUMP, self.dumps)
+        return self.dumps
+
+    def connections_ready(self, uint64_t ticket):
+        cdef uint32_t i
+        for i in range(self.count):
+            if load64(&self.worlds[i].dump_made) < ticket:
+                return False
+        return True
+
+    def connections(self):
+        cdef uint32_t i, j
+        cdef ConnInfo* info
+        rows = []
+        for i in range(self.count):
+            for j in range(self.worlds[i].dump_count):
+                info = &self.worlds[i].dump[j]
+                down = info.role == ROLE_DOWNSTREAM
+                rows.append({
+                    "handle": info.handle,
+                    "thread": i,
+                    "role": "downstream" if down else "upstream",
+                    "listener_id" if down else "endpoint_id": info.listener if down else info.endpoint,
+                    "state": STATES[info.state],
+                    "held": [name for bit, name in HOLDS if info.hold & bit],
+                    "peer": address_text((<const char*>info.peer)[:info.peer_size]),
+                    "in_flight": info.in_flight,
+                    "asked": info.asked,
+                    "queued_bytes": info.queued_bytes,
+                    "partial_bytes": info.partial_bytes,
+                    "age_ms": info.age_ms,
+                    "idle_ms": info.idle_ms,
+                })
+        return rows
+
+    # --- test hooks: not reachable from configuration, command line or admin ---
+
+    def _stall(self, uint64_t ms, uint32_t thread=0):
+        """Make a thread sleep inside a turn, as a runaway loop would."""
+        self.command(thread, COMMAND_STALL, ms, 0, 0, b"")
+
+    def _fail_alloc(self, uint64_t k, uint32_t thread=0):
+        """Make the k-th allocation from now fail, as memory running out would."""
+        self.command(thread, COMMAND_FAIL_ALLOC, k, 0, 0, b"")
