@@ -1,21 +1,28 @@
 """The codec contract: one struct that every codec fills and the engine understands.
 
-A codec is a table of native functions over bytes. It touches no socket, no clock, no log, no policy, and
+A codec is a table of native functions over bytes. It touches no socket, no clock, no log, no
+policy, and
 keeps nothing but the state it declares. The engine calls codecs; codecs call nothing.
 
 One frame on its way (Bolt request, client -> upstream):
   scan(bytes) -> FrameView{kind REQUEST, id 17, size 300, timeout 3000}
-  service(view) -> "com.example.Order:1.0" -> the snapshot's first matching rule -> cluster -> endpoint
-  slot taken on the upstream connection; its id replaces 17: patch(view, id) (CRC follows by its delta)
-  the frame, whole, joins the upstream's write queue and leaves with the flush at the end of the turn
-and back: scan -> RESPONSE with the slot's id -> slot found -> patch(view, 17) -> the client's write queue.
+  service(view) -> "com.example.Order:1.0" -> the snapshot's first matching rule -> cluster ->
+  endpoint
+  slot taken on the upstream connection; its id replaces 17: patch(view, id) (CRC follows by its
+  delta)
+  the frame, whole, joins the upstream's write queue and leaves with the flush at the end of the
+  turn
+and back: scan -> RESPONSE with the slot's id -> slot found -> patch(view, 17) -> the client's write
+queue.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum ParseStatus:
-    PARSE_OK = 0         # `FrameView` describes one whole frame (or one part of it, codecs with VIEW_PARTS)
-    PARSE_NEED_MORE = 1  # a legal prefix; `view.need` = bytes from the frame's start that are surely needed
+    # `FrameView` describes one whole frame (or one part of it, codecs with VIEW_PARTS)
+    PARSE_OK = 0
+    # a legal prefix; `view.need` = bytes from the frame's start that are surely needed
+    PARSE_NEED_MORE = 1
     PARSE_MALFORMED = 2  # can never become legal; `view.error` says why, the connection is closed
 
 cdef enum FrameKind:
@@ -30,7 +37,8 @@ cdef enum FrameKind:
 cdef enum FrameFlag:
     FLAG_FIRST = 1        # whole frames carry FIRST and LAST
     FLAG_LAST = 2
-    FLAG_ANSWERABLE = 4   # PARSE_MALFORMED only: kind, id and hint are sound, so the sender can be told
+    # PARSE_MALFORMED only: kind, id and hint are sound, so the sender can be told
+    FLAG_ANSWERABLE = 4
 
 cdef enum FrameError:  # why a frame is malformed; one counter label each, in this order
     ERROR_NONE = 0
@@ -74,6 +82,9 @@ cdef enum CodecTrait:
 cdef enum:
     ID_TEXT_MAX = 15
 
+cdef enum:
+    DIALECT_NONE = 255
+
 cdef struct FrameId:
     # The id as its sender wrote it. `text_size` 0 means numeric.
     uint32_t number
@@ -85,19 +96,26 @@ cdef struct Span:
     uint32_t size
 
 cdef struct Limits:
-    # The part of the configured limits that a codec must know, checked before anything is allocated.
+    # The part of the configured limits that a codec must know, checked before anything is
+    # allocated.
     uint32_t frame_bytes_max
 
 cdef struct FrameView:
     uint8_t* data            # first byte of the frame; valid until the end of the turn
     uint32_t size            # bytes of the frame (or part)
-    uint32_t need            # PARSE_NEED_MORE: total bytes from `data` that are surely needed, > bytes given
+    # PARSE_NEED_MORE: total bytes from `data` that are surely needed, > bytes given
+    # Which of its versions the protocol is spoken in here (Bolt: 0 v1, 1 v2, 2 v2 with ver1 = 2). Some
+    # servers answer everything in the dialect of a connection's first frame (SOFABolt 1.6), so a shared
+    # upstream connection carries one only.
+    uint8_t dialect
+    uint32_t need
     uint8_t kind             # FrameKind
     uint8_t flags            # FrameFlag
     uint8_t error            # FrameError, when PARSE_MALFORMED
     uint32_t id_at           # offset of the id field
     FrameId id
-    uint32_t hint            # codec-private 32 bits: all that answer() needs to know of a request later
+    # codec-private 32 bits: all that answer() needs to know of a request later
+    uint32_t hint
     int32_t timeout_ms       # as on the wire: <= 0 means "none given"
     uint16_t status          # responses: the protocol's own status, 0 = success
     uint32_t class_at        # class section (Bolt); 0-size where the protocol has none
@@ -116,8 +134,10 @@ ctypedef struct Codec:
     uint32_t state_bytes     # per-connection state, 0 = none; zero-filled at start
     uint32_t answer_bytes_max  # longest answer()/heartbeat()/heartbeat_ack()
 
-    # Describe the frame that starts at `data`. `n` >= 0 bytes are there. Never reads past data[n-1], never
-    # allocates. `parts` != 0: VIEW_PARTS codecs may return a frame in parts. PARSE_OK sets everything above.
+    # Describe the frame that starts at `data`. `n` >= 0 bytes are there. Never reads past
+    # data[n-1], never
+    # allocates. `parts` != 0: VIEW_PARTS codecs may return a frame in parts. PARSE_OK sets
+    # everything above.
     ParseStatus (*scan)(void* state, uint8_t* data, size_t n, const Limits* limits, int parts,
                         FrameView* view) noexcept nogil
     # The route key, read in place: 1 found, 0 absent, -1 header section malformed.
@@ -125,13 +145,15 @@ ctypedef struct Codec:
     # First header `key`, case-sensitive: 1 found, 0 absent, -1 malformed.
     int (*header)(const FrameView* view, const uint8_t* key, uint32_t key_size, Span* found) noexcept nogil
     # Replace the id. PATCH_IN_PLACE: changes view.data, returns 1 and out[0] = the frame.
-    # PATCH_SEGMENTS: returns 1..3 segments; `scratch` (32 bytes) may hold the new id and must outlive them.
+    # PATCH_SEGMENTS: returns 1..3 segments; `scratch` (32 bytes) may hold the new id and must
+    # outlive them.
     int (*patch)(FrameView* view, const FrameId* id, uint8_t* scratch, Span* out) noexcept nogil
     # The mesh's own answer to a request of that id and hint. Returns its length in `out`.
     uint32_t (*answer)(const FrameId* id, uint32_t hint, int cause, uint8_t* out) noexcept nogil
     # Our heartbeat towards an upstream, and the answer to somebody else's.
-    uint32_t (*heartbeat)(const FrameId* id, uint8_t* out) noexcept nogil
+    uint32_t (*heartbeat)(const FrameId* id, int dialect, uint8_t* out) noexcept nogil
     uint32_t (*heartbeat_ack)(const FrameView* view, uint8_t* out) noexcept nogil
-    # Per-connection state for the hand-over: bytes written / read, -1 = does not fit or is not ours.
+    # Per-connection state for the hand-over: bytes written / read, -1 = does not fit or is not
+    # ours.
     int (*save)(const void* state, uint8_t* out, size_t room) noexcept nogil
     int (*load)(void* state, const uint8_t* data, size_t n) noexcept nogil

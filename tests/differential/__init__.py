@@ -1,0 +1,1 @@
+"""Native codecs against their slow twins, over inputs that nobody wrote by hand."""

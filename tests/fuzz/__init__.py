@@ -1,0 +1,1 @@
+"""Fuzz targets, one per parser: `python -m tests.fuzz.fuzz_<protocol> --seconds 60`."""

@@ -1,0 +1,1 @@
+"""The second codec: it exists to keep the codec contract honest and is never shipped."""
