@@ -12,10 +12,14 @@ cdef extern from *:
     """
     #include <stdint.h>
     #include <string.h>
-    static inline uint16_t fm_get16(const uint8_t *p) { uint16_t v; memcpy(&v, p, 2); return __builtin_bswap16(v); }
-    static inline uint32_t fm_get32(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4); return __builtin_bswap32(v); }
-    static inline void fm_put16(uint8_t *p, uint16_t v) { v = __builtin_bswap16(v); memcpy(p, &v, 2); }
-    static inline void fm_put32(uint8_t *p, uint32_t v) { v = __builtin_bswap32(v); memcpy(p, &v, 4); }
+    static inline uint16_t fm_get16(const uint8_t *p) { uint16_t v; memcpy(&v, p, 2); return
+    __builtin_bswap16(v); }
+    static inline uint32_t fm_get32(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4); return
+    __builtin_bswap32(v); }
+    static inline void fm_put16(uint8_t *p, uint16_t v) { v = __builtin_bswap16(v); memcpy(p, &v,
+    2); }
+    static inline void fm_put32(uint8_t *p, uint32_t v) { v = __builtin_bswap32(v); memcpy(p, &v,
+    4); }
     """
     uint16_t get16 "fm_get16"(const uint8_t* p) noexcept nogil
     uint32_t get32 "fm_get32"(const uint8_t* p) noexcept nogil

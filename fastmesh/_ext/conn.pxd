@@ -1,41 +1,55 @@
-"""Connections as bytes: descriptors, memory, the read area and the write queue. Knows nothing of routes or requests.
+"""Connections as bytes: descriptors, memory, the read area and the write queue. Knows nothing of
+routes or requests.
 
-Ownership: a Conn owns its fd, its half frame, its queue's entries. There is one way to end it: conn_doom() puts it on the doomed list, and
-whoever walks that list (relay_bury) settles what hung on it and calls conn_free(), the only place where the fd is closed.
+Ownership: a Conn owns its fd, its half frame, its queue's entries. There is one way to end it:
+conn_doom() puts it on the doomed list, and
+whoever walks that list (relay_bury) settles what hung on it and calls conn_free(), the only place
+where the fd is closed.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from .world cimport Conn, Entry, Io, Link, World, iovec
 
-# memory: every buffer of a thread is taken and given back here, so that memory_bytes_max counts them all
-cdef void* mem_take(World* w, size_t n) noexcept nogil               # NULL = over the budget, or no memory
+# memory: every buffer of a thread is taken and given back here, so that memory_bytes_max counts
+# them all
+# NULL = over the budget, or no memory
+cdef void* mem_take(World* w, size_t n) noexcept nogil
 cdef void* mem_grow(World* w, void* p, size_t old, size_t new) noexcept nogil
 cdef void mem_give(World* w, void* p, size_t n) noexcept nogil
 
-cdef void world_clock(World* w) noexcept nogil                       # reads CLOCK_MONOTONIC into now_ns and now_ms
+# reads CLOCK_MONOTONIC into now_ns and now_ms
+cdef void world_clock(World* w) noexcept nogil
 cdef uint32_t world_random(World* w) noexcept nogil
 cdef int event_push(World* w, uint32_t kind, uint64_t a, uint64_t b, uint64_t c,
-                    const void* data, uint32_t size) noexcept nogil  # 0, or -1 = ring full (nothing pushed, nothing counted)
+                    # 0, or -1 = ring full (nothing pushed, nothing counted)
+                    const void* data, uint32_t size) noexcept nogil
 
 # life
-cdef Conn* conn_new(World* w, int fd, int role) noexcept nogil        # owns fd from here on; NULL = no memory (fd still the caller's)
-cdef Conn* conn_of(World* w, uint64_t handle) noexcept nogil          # NULL = stale (or 0), and doomed ones count as stale
+# owns fd from here on; NULL = no memory (fd still the caller's)
+cdef Conn* conn_new(World* w, int fd, int role) noexcept nogil
+# NULL = stale (or 0), and doomed ones count as stale
+cdef Conn* conn_of(World* w, uint64_t handle) noexcept nogil
 cdef uint64_t conn_handle(const Conn* c) noexcept nogil
 cdef void conn_doom(World* w, Conn* c, int reason, int error) noexcept nogil
 cdef void conn_free(World* w, Conn* c) noexcept nogil
 cdef int conn_arm(World* w, Conn* c, uint32_t events) noexcept nogil
 cdef void conn_hold(World* w, Conn* c, int why) noexcept nogil        # stop reading ...
-cdef void conn_release(World* w, Conn* c, int why) noexcept nogil     # ... and read on when no reason is left
-cdef void conn_check_by(World* w, Conn* c, uint64_t at_ms) noexcept nogil  # its timer fires no later than that
+# ... and read on when no reason is left
+cdef void conn_release(World* w, Conn* c, int why) noexcept nogil
+# its timer fires no later than that
+cdef void conn_check_by(World* w, Conn* c, uint64_t at_ms) noexcept nogil
 
 # out: a frame joins the queue of its destination and leaves with the flush at the end of the turn
 cdef Entry* queue_frame(World* w, Conn* c, uint8_t* data, uint32_t size, uint32_t room, int kind) noexcept nogil
-cdef void queue_append(World* w, Conn* c, Entry* e) noexcept nogil  # an entry that left another queue
+# an entry that left another queue
+cdef void queue_append(World* w, Conn* c, Entry* e) noexcept nogil
 cdef Entry* queue_own(World* w, Conn* c, const uint8_t* data, uint32_t size) noexcept nogil
 cdef void entry_free(World* w, Entry* e) noexcept nogil
-cdef void entry_drop(World* w, Conn* c, Entry* e) noexcept nogil      # withdraw: no byte of it was written, none will be
-cdef uint8_t* area_take(World* w, uint32_t size) noexcept nogil      # room until the end of the turn, NULL = area full
+# withdraw: no byte of it was written, none will be
+cdef void entry_drop(World* w, Conn* c, Entry* e) noexcept nogil
+# room until the end of the turn, NULL = area full
+cdef uint8_t* area_take(World* w, uint32_t size) noexcept nogil
 cdef void conn_dirty(World* w, Conn* c) noexcept nogil
 cdef int flush_one(World* w, Conn* c) noexcept nogil
 cdef void flush_all(World* w) noexcept nogil

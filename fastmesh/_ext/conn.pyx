@@ -103,10 +103,12 @@ cdef extern from "atomics.h" nogil:
 
 cdef enum:
     ENTRIES_KEPT = 4096      # spare write-queue entries that a thread keeps: a turn's worth
-    FLUSHES_PER_TURN = 4     # sends to one destination in one turn, so that a long queue does not hold up the rest
+    # sends to one destination in one turn, so that a long queue does not hold up the rest
+    FLUSHES_PER_TURN = 4
 
 
-# === memory ===================================================================================================================
+# === memory =======================================================================================
+# ============================
 
 cdef void* mem_take(World* w, size_t n) noexcept nogil:
     cdef void* p
@@ -168,7 +170,8 @@ cdef uint8_t* area_take(World* w, uint32_t size) noexcept nogil:
     return p
 
 
-# === time, chance, events =====================================================================================================
+# === time, chance, events =========================================================================
+# ============================
 
 cdef void world_clock(World* w) noexcept nogil:
     cdef timespec ts
@@ -193,7 +196,8 @@ cdef int event_push(World* w, uint32_t kind, uint64_t a, uint64_t b, uint64_t c,
     return 0
 
 
-# === life =====================================================================================================================
+# === life =========================================================================================
+# ============================
 
 cdef uint64_t conn_handle(const Conn* c) noexcept nogil:
     return (<uint64_t>c.generation << 32) | c.index
@@ -219,7 +223,8 @@ cdef int grow_conns(World* w) noexcept nogil:
     w.conns = conns
     numbers = <uint32_t*>mem_grow(w, w.generations, w.conns_room * 4, room * 4)
     if numbers == NULL:
-        # the longer `conns` stays: conns_room says how much of it is in use, the books must agree with the block
+        # the longer `conns` stays: conns_room says how much of it is in use, the books must agree
+        # with the block
         w.budget.used -= (room - w.conns_room) * sizeof(Conn*)
         return -1
     w.generations = numbers
@@ -272,7 +277,8 @@ cdef int conn_arm(World* w, Conn* c, uint32_t events) noexcept nogil:
         return 0
     ev.events = events
     ev.data.u64 = conn_handle(c)
-    # `armed` keeps a bit of its own for "registered", because a held connection is registered for nothing
+    # `armed` keeps a bit of its own for "registered", because a held connection is registered for
+    # nothing
     op = EPOLL_CTL_MOD if c.armed != 0 else EPOLL_CTL_ADD
     if epoll_ctl(w.epfd, op, c.fd, &ev) != 0:
         return -1
@@ -323,7 +329,7 @@ cdef void conn_release(World* w, Conn* c, int why) noexcept nogil:
 
 
 cdef void conn_check_by(World* w, Conn* c, uint64_t at_ms) noexcept nogil:
-    if c.timer.link == NULL or c.timer.at_ms > at_ms:
+    if at_ms != ~(<uint64_t>0) and (c.timer.link == NULL or c.timer.at_ms > at_ms):
         timer_set(&w.wheel, &c.timer, at_ms)
 
 
@@ -336,7 +342,8 @@ cdef void conn_doom(World* w, Conn* c, int reason, int error) noexcept nogil:
     c.close_errno = error
     c.doomed_next = w.doomed
     w.doomed = c
-    # Out of epoll before anything else: a descriptor that has a duplicate elsewhere would go on firing after close().
+    # Out of epoll before anything else: a descriptor that has a duplicate elsewhere would go on
+    # firing after close().
     if c.armed:
         epoll_ctl(w.epfd, EPOLL_CTL_DEL, c.fd, &ev)
         c.armed = 0
@@ -358,7 +365,8 @@ cdef void leave_lists(World* w, Conn* c) noexcept nogil:
 
 
 cdef void conn_free(World* w, Conn* c) noexcept nogil:
-    """The only place where a connection's descriptor is closed. Nothing may point at `c` any more but its handle, which turns stale."""
+    """The only place where a connection's descriptor is closed. Nothing may point at `c` any more
+    but its handle, which turns stale."""
     cdef Entry* e = c.head
     cdef Entry* after
     cdef size_t pages
@@ -382,7 +390,8 @@ cdef void conn_free(World* w, Conn* c) noexcept nogil:
     mem_give(w, c, sizeof(Conn))
 
 
-# === out ======================================================================================================================
+# === out ==========================================================================================
+# ============================
 
 cdef void conn_dirty(World* w, Conn* c) noexcept nogil:
     if not c.dirty:
@@ -392,7 +401,8 @@ cdef void conn_dirty(World* w, Conn* c) noexcept nogil:
 
 
 cdef Entry* queue_frame(World* w, Conn* c, uint8_t* data, uint32_t size, uint32_t room, int kind) noexcept nogil:
-    """Append a frame; with `room` the queue owns the block at `data`. NULL = no memory (the block stays the caller's)."""
+    """Append a frame; with `room` the queue owns the block at `data`. NULL = no memory (the block
+    stays the caller's)."""
     cdef Entry* e = w.free_entries
     if likely(e != NULL):
         w.free_entries = e.next
@@ -439,7 +449,8 @@ cdef Entry* queue_own(World* w, Conn* c, const uint8_t* data, uint32_t size) noe
 
 
 cdef void link_settle(World* w, Entry* e) noexcept nogil:
-    """The bytes of an entry leave their client's quota; a paused client whose queue drained reads on."""
+    """The bytes of an entry leave their client's quota; a paused client whose queue drained reads
+    on."""
     cdef Link* link = e.link
     cdef uint64_t low
     if link == NULL:
@@ -498,7 +509,8 @@ cdef void entry_done(World* w, Conn* c, Entry* e) noexcept nogil:
 
 
 cdef void spill(World* w, Conn* c) noexcept nogil:
-    """The turn ends: what still lies in the read area moves to memory of its own. Without memory the connection ends."""
+    """The turn ends: what still lies in the read area moves to memory of its own. Without memory
+    the connection ends."""
     cdef Entry* e = c.head
     cdef uint8_t* p
     cdef bint failed = False
@@ -511,7 +523,8 @@ cdef void spill(World* w, Conn* c) noexcept nogil:
                 e.room = e.size
             else:
                 failed = True
-                # Lost from the area, so it cannot be sent elsewhere either: whoever waits for it gets told when
+                # Lost from the area, so it cannot be sent elsewhere either: whoever waits for it
+                # gets told when
                 # the connection is buried.
                 if e.kind == ENTRY_REQUEST and e.slot != NULL:
                     e.slot.entry = NULL
@@ -524,7 +537,8 @@ cdef void spill(World* w, Conn* c) noexcept nogil:
 
 
 cdef uint32_t gather(World* w, Conn* c, iovec* iov, int* count, uint32_t* stage_used) noexcept nogil:
-    """Describe the front of the queue in at most IOVECS pieces: neighbours become one, small ones are copied together."""
+    """Describe the front of the queue in at most IOVECS pieces: neighbours become one, small ones
+    are copied together."""
     cdef Entry* e
     cdef Entry* after
     cdef uint8_t* at
@@ -609,7 +623,8 @@ cdef int flush_one(World* w, Conn* c) noexcept nogil:
             if count == 0:
                 break
             if rounds == FLUSHES_PER_TURN:
-                c.blocked = 1   # the kernel would take more: EPOLLOUT calls us back in the next turn
+                # the kernel would take more: EPOLLOUT calls us back in the next turn
+                c.blocked = 1
                 break
             rounds += 1
             w.counters.p[P_WRITES] += 1
@@ -639,7 +654,8 @@ cdef int flush_one(World* w, Conn* c) noexcept nogil:
             w.counters.p[P_SLOW_CONSUMERS] += 1
             conn_doom(w, c, CLOSED_SLOW_CONSUMER, 0)
         elif c.queued_bytes > cap // 4 * 3:
-            # Requests of a client that does not read its answers only make it worse. Its answers to requests of the
+            # Requests of a client that does not read its answers only make it worse. Its answers to
+            # requests of the
             # other side are still read: holding those back could lock both sides.
             if c.sent.used == 0:
                 conn_hold(w, c, HOLD_SLOW_READER)
@@ -653,7 +669,8 @@ cdef int flush_one(World* w, Conn* c) noexcept nogil:
 
 
 cdef void flush_all(World* w) noexcept nogil:
-    """Flush every destination once, then the read area starts anew: no entry points into it any more."""
+    """Flush every destination once, then the read area starts anew: no entry points into it any
+    more."""
     cdef Conn* c
     while w.dirty != NULL:
         c = w.dirty
@@ -664,7 +681,8 @@ cdef void flush_all(World* w) noexcept nogil:
     w.area_used = 0
 
 
-# === the four functions of a plain socket =====================================================================================
+# === the four functions of a plain socket
+# =====================================================================================
 
 cdef int64_t socket_recv(Conn* c, iovec* iov, int count) noexcept nogil:
     cdef msghdr msg

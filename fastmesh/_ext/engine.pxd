@@ -1,4 +1,5 @@
-"""The thread: epoll, commands, events, accepting; and the class that Python drives (see engine.pyi)."""
+"""The thread: epoll, commands, events, accepting; and the class that Python drives (see
+engine.pyi)."""
 
 from .world cimport World
 

@@ -16,27 +16,34 @@ class Event(NamedTuple):
 EVENT_KINDS: tuple[str, ...]
 """Names and fields:
 
-    snapshot        a=version                              the thread works with this snapshot from now on
+    snapshot        a=version                              the thread works with this snapshot from
+    now on
     endpoint_up     a=endpoint_id, b=connections up
-    endpoint_down   a=endpoint_id, b=connections left up, c=errno or 0, data=close reason
+    endpoint_down   a=endpoint_id, b=connections left up, c=errno or 0, data=one byte, the close reason
     ejected         a=endpoint_id, b=for ms
     restored        a=endpoint_id
-    closed          a=handle, b=listener_id, c=close reason number, data=peer address, space, first bytes in hex;
+    closed          a=handle, b=listener_id, c=close reason number, data=peer address, space, first
+    bytes in hex;
                     only for abnormal ends and at most 10 a second and reason
-    refused         a=listener_id, b=connections open      a connection over connections_max
-    accept_paused   a=listener_id, b=errno                 no fd or no memory; accepting again by itself
+    refused         a=listener_id, b=connections open, c=0 over connections_max, 1 too little memory left
+    accept_paused   a=listener_id, b=errno                 no fd or no memory; accepting again by
+    itself
     parked          a=ticket, b=route row, data=frame      verdict() decides
     sample          a=trace, b=route row, c=outcome (0 answered, 1..7 Cause, 8 expired),
-                    data=6 x u64 little-endian: received, sent, answered, forwarded (ns), endpoint_id, asker handle
+                    data=6 x u64 little-endian: received, sent, answered, forwarded (ns),
+                    endpoint_id, asker handle
     stall           a=ms that one turn has been running
-    drained         a=0                                    the thread has no downstream connection left
+    drained         a=0                                    the thread has no downstream connection
+    left
     stopped         a=0                                    the thread has ended
 """
 
 class Engine:
-    """The data plane: `threads` native threads, each with its own epoll, connections, timers and upstreams.
+    """The data plane: `threads` native threads, each with its own epoll, connections, timers and
+    upstreams.
 
-    Built and driven by the main thread only. Raises OSError when threads or descriptors cannot be had, ValueError
+    Built and driven by the main thread only. Raises OSError when threads or descriptors cannot be
+    had, ValueError
     for arguments out of range.
     """
 
@@ -55,26 +62,33 @@ class Engine:
     ) -> None:
         """`first_generation` is a test hook (1..32767): where slot generations start."""
     def start(self, snapshot: Snapshot) -> None:
-        """Create the threads and give them their first snapshot. Call before the main thread lowers its priority."""
+        """Create the threads and give them their first snapshot. Call before the main thread lowers
+        its priority."""
     def publish(self, snapshot: Snapshot) -> None:
-        """Put a sealed snapshot in force: each thread takes it before its next turn. Never blocks."""
+        """Put a sealed snapshot in force: each thread takes it before its next turn. Never
+        blocks."""
     def in_force(self) -> int:
         """The version that *every* thread works with."""
     def listen(self, listener_id: int, fd: int) -> None:
-        """Accept on this bound and listening, non-blocking socket. The engine owns a duplicate; the caller keeps `fd`."""
+        """Accept on this bound and listening, non-blocking socket. The engine owns a duplicate; the
+        caller keeps `fd`."""
     def unlisten(self, listener_id: int) -> None:
-        """Stop accepting there; connections already accepted drain: they finish what is in flight and are closed."""
+        """Stop accepting there; connections already accepted drain: they finish what is in flight
+        and are closed."""
     def drain(self) -> None:
-        """Stop accepting everywhere; close each client connection once it owes nothing and is quiet."""
+        """Stop accepting everywhere; close each client connection once it owes nothing and is
+        quiet."""
     def abort_in_flight(self) -> None:
-        """End of the grace period: answer everything in flight with "upstream lost", flush, close."""
+        """End of the grace period: answer everything in flight with "upstream lost", flush,
+        close."""
     def stop(self, timeout_ms: int = 5000) -> bool:
         """Stop and join the threads. True when they all ended in time."""
     def send(self, handle: int, data: bytes) -> None:
         """Queue bytes on a connection. A stale handle is counted and ignored."""
     def close(self, handle: int) -> None: ...
     def verdict(self, ticket: int, cluster_id: int | None) -> None:
-        """Release a parked frame to its rule's cluster (-1), to another one, or refuse it as overload (None)."""
+        """Release a parked frame to its rule's cluster (-1), to another one, or refuse it as
+        overload (None)."""
     def events(self, most: int = 4096) -> list[Event]: ...
     def ask_counters(self) -> int:
         """Ask every thread for a consistent copy. Returns a ticket for `counters_ready`."""
@@ -83,5 +97,6 @@ class Engine:
     def ask_connections(self) -> int: ...
     def connections_ready(self, ticket: int) -> bool: ...
     def connections(self) -> list[dict[str, object]]:
-        """At most 10 000 a thread: handle, role (downstream|upstream), listener_id or endpoint_id, state, peer, in_flight,
+        """At most 10 000 a thread: handle, role (downstream|upstream), listener_id or endpoint_id,
+        state, peer, in_flight,
         asked (requests it waits for), queued_bytes, partial_bytes, age_ms, idle_ms, thread."""

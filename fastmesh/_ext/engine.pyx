@@ -147,68 +147,7 @@ cdef extern from "<fcntl.h>" nogil:
     int O_RDONLY
     int O_CLOEXEC
 
-cdef extern from *:
-    """
-    #include <execinfo.h>
-    #include <netinet/in.h>
-    #include <netinet/tcp.h>
-    #include <pthread.h>
-    #include <signal.h>
-    #include <stdlib.h>
-    #include <string.h>
-    #include <sys/socket.h>
-    #include <time.h>
-    #include <unistd.h>
-
-    int accept4(int fd, struct sockaddr *address, socklen_t *size, int flags);
-
-    static int fm_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC); }
-
-    static void fm_nodelay(int fd) {
-        int one = 1;   /* fails on a UNIX socket, where there is nothing to delay */
-        (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-    }
-
-    static uint32_t fm_peer(int fd, uint8_t *room) {
-        socklen_t size = 128;
-        if (getpeername(fd, (struct sockaddr *)room, &size) != 0 || size > 128) return 0;
-        return (uint32_t)size;
-    }
-
-    /* Engine threads take no signals: those belong to the main thread. SIGABRT stays open, because the watchdog
-     * makes a stuck thread print its own stack that way. */
-    static uint64_t fm_enter_thread(void) {
-        sigset_t all;
-        sigfillset(&all);
-        sigdelset(&all, SIGABRT);
-        pthread_sigmask(SIG_SETMASK, &all, NULL);
-        return (uint64_t)pthread_self();
-    }
-
-    static void fm_on_abort(int sig) {
-        void *frames[64];
-        static const char head[] = "fastmesh: an engine thread was stuck in one turn for 5 s; its stack:\\n";
-        ssize_t ignored = write(2, head, sizeof head - 1);
-        (void)ignored;
-        backtrace_symbols_fd(frames, backtrace(frames, 64), 2);
-        signal(SIGABRT, SIG_DFL);
-        raise(sig);
-    }
-
-    static void fm_abort_thread(uint64_t thread) {
-        void *warm[1];
-        (void)backtrace(warm, 1);   /* loads what it needs outside the handler */
-        signal(SIGABRT, fm_on_abort);
-        pthread_kill((pthread_t)thread, SIGABRT);
-        sleep(2);
-        abort();
-    }
-
-    static void fm_nap_ms(uint64_t ms) {
-        struct timespec ts = { (time_t)(ms / 1000), (long)(ms % 1000) * 1000000L };
-        nanosleep(&ts, NULL);
-    }
-    """
+cdef extern from "thread.h":
     int fm_accept(int fd) nogil
     void fm_nodelay(int fd) nogil
     uint32_t fm_peer(int fd, uint8_t* room) nogil
@@ -225,7 +164,8 @@ cdef extern from "atomics.h" nogil:
     bint unlikely "fm_unlikely"(bint x)
 
 cdef enum:
-    RING_BYTES = 1 << 20          # commands and events, each way and thread: pages that nobody uses cost nothing
+    # commands and events, each way and thread: pages that nobody uses cost nothing
+    RING_BYTES = 1 << 20
     INBOX_BYTES = 1 << 16         # accepted descriptors on their way to another thread
     ACCEPT_AGAIN_MS = 100         # after a shortage of descriptors
     REFUSE_PERCENT = 90           # of the memory budget: no new connections
@@ -236,7 +176,8 @@ cdef enum:
     DUMP_MAX = 10000
 
 
-# === life of a world ==========================================================================================================
+# === life of a world ==============================================================================
+# ============================
 
 cdef int world_start(World* w) noexcept nogil:
     cdef Conn* wake
@@ -306,7 +247,8 @@ cdef void wake(int fd) noexcept nogil:
     write(fd, &one, sizeof(one))    # full = it is awake already
 
 
-# === snapshots ================================================================================================================
+# === snapshots ====================================================================================
+# ============================
 
 cdef void take_snapshot(World* w, const SnapshotData* s) noexcept nogil:
     """From this turn on every frame sees `s`, and nothing of the one before."""
@@ -336,10 +278,12 @@ cdef void take_snapshot(World* w, const SnapshotData* s) noexcept nogil:
     event_push(w, EVENT_SNAPSHOT, s.version, 0, 0, NULL, 0)
 
 
-# === accepting ================================================================================================================
+# === accepting ====================================================================================
+# ============================
 
 cdef bint may_cut_through(const World* w, const ListenerRoutes* routes) noexcept nogil:
-    """Parts may be forwarded as they come only where both ends are bound 1:1, else parts of two frames could mix."""
+    """Parts may be forwarded as they come only where both ends are bound 1:1, else parts of two
+    frames could mix."""
     cdef uint32_t i
     if routes.codec.view != VIEW_PARTS or routes.rules_count == 0:
         return False
@@ -377,7 +321,10 @@ cdef void adopt(World* w, int fd, uint32_t listener) noexcept nogil:
     w.counters.p[P_CONNECTIONS] += 1
     row_of(w.counters, c.row).c[C_CONNECTIONS] += 1
     row_of(w.counters, c.row).c[C_OPENED] += 1
-    conn_check_by(w, c, w.now_ms + (0 if w.draining else w.snapshot.limits.first_byte_timeout_ms))
+    if w.draining:
+        conn_check_by(w, c, w.now_ms)
+    elif w.snapshot.limits.first_byte_timeout_ms:
+        conn_check_by(w, c, w.now_ms + w.snapshot.limits.first_byte_timeout_ms)
 
 
 cdef World* least_loaded(World* w, uint32_t* total) noexcept nogil:
@@ -396,6 +343,7 @@ cdef World* least_loaded(World* w, uint32_t* total) noexcept nogil:
 cdef void accept_some(World* w, Conn* listener) noexcept nogil:
     cdef int i, fd, spare
     cdef uint32_t total = 0
+    cdef bint short_of_memory
     cdef World* to
     cdef uint64_t* row = row_of(w.counters, listener.row).c
     for i in range(ACCEPTS_PER_TURN):
@@ -406,7 +354,8 @@ cdef void accept_some(World* w, Conn* listener) noexcept nogil:
             if errno == EINTR or errno == ECONNABORTED:
                 continue
             if errno == EMFILE or errno == ENFILE:
-                # One is let in and shown out on the descriptor kept for this, so that it is told and not left hanging.
+                # One is let in and shown out on the descriptor kept for this, so that it is told
+                # and not left hanging.
                 spare = errno
                 close(w.reserve_fd)
                 fd = fm_accept(listener.fd)
@@ -422,9 +371,10 @@ cdef void accept_some(World* w, Conn* listener) noexcept nogil:
             conn_check_by(w, listener, w.now_ms + ACCEPT_AGAIN_MS)
             return
         to = least_loaded(w, &total)
-        if total >= w.snapshot.limits.connections_max or w.budget.used * 100 >= w.budget.max * REFUSE_PERCENT:
+        short_of_memory = w.budget.used * 100 >= w.budget.max * REFUSE_PERCENT
+        if short_of_memory or total >= w.snapshot.limits.connections_max:
             row[C_REFUSED] += 1
-            event_push(w, EVENT_REFUSED, listener.listener, total, 0, NULL, 0)
+            event_push(w, EVENT_REFUSED, listener.listener, total, short_of_memory, NULL, 0)
             close(fd)
             continue
         add32(&to.downstreams, 1)
@@ -437,7 +387,8 @@ cdef void accept_some(World* w, Conn* listener) noexcept nogil:
         adopt(w, fd, listener.listener)
 
 
-# === commands =================================================================================================================
+# === commands =====================================================================================
+# ============================
 
 cdef void listen_on(World* w, uint32_t id, int fd) noexcept nogil:
     cdef Conn* c = conn_new(w, fd, ROLE_LISTENER)
@@ -577,7 +528,8 @@ cdef void run_commands(World* w) noexcept nogil:
         ring_pop(&w.inbox)
 
 
-# === a turn ===================================================================================================================
+# === a turn =======================================================================================
+# ============================
 
 cdef void on_ready(World* w, uint64_t handle, uint32_t events) noexcept nogil:
     cdef Conn* c = conn_of(w, handle)
@@ -627,7 +579,8 @@ cdef void run_timers(World* w) noexcept nogil:
 
 
 cdef void relieve(World* w) noexcept nogil:
-    """Last step of the memory ladder (pause, shed, refuse, close): the connection that holds most gives way."""
+    """Last step of the memory ladder (pause, shed, refuse, close): the connection that holds most
+    gives way."""
     cdef uint32_t i
     cdef uint64_t most = 0, holds
     cdef Conn* c
@@ -657,7 +610,8 @@ cdef int wait_ready(World* w, epoll_event* events) noexcept nogil:
             sleep_ms = SLEEP_MS_MAX
     w.counters.p[P_WAITS] += 1
     if w.spin_ns and sleep_ms and w.gap_ns < 2 * w.spin_ns:
-        # Waking a sleeping thread costs more than the work: look again for a while before lying down.
+        # Waking a sleeping thread costs more than the work: look again for a while before lying
+        # down.
         spin_until = w.now_ns + w.spin_ns
         while True:
             n = epoll_wait(w.epfd, events, EVENTS_PER_TURN, 0)
@@ -670,6 +624,18 @@ cdef int wait_ready(World* w, epoll_event* events) noexcept nogil:
     return epoll_wait(w.epfd, events, EVENTS_PER_TURN, <int>sleep_ms)
 
 
+cdef void tell_main(World* w) noexcept nogil:
+    """What the main thread asked for or must know, before anything else may put this thread to sleep."""
+    if w.draining == 1 and load32(&w.downstreams) == 0:
+        w.draining = 2
+        event_push(w, EVENT_DRAINED, 0, 0, 0, NULL, 0)
+    w.counters.p[P_STALLS] = load64(&w.stalls)
+    counters_copy(w.counters)
+    if w.notify_due:
+        w.notify_due = 0
+        wake(w.notify_fd)
+
+
 cdef void turn(World* w, epoll_event* events) noexcept nogil:
     cdef int i, n
     cdef uint64_t gap
@@ -678,6 +644,7 @@ cdef void turn(World* w, epoll_event* events) noexcept nogil:
         return
     relay_resume(w)
     flush_all(w)
+    tell_main(w)
     store64(&w.awake, 0)
     n = wait_ready(w, events)
     world_clock(w)
@@ -699,13 +666,7 @@ cdef void turn(World* w, epoll_event* events) noexcept nogil:
         gap = w.now_ns - w.busy_ns
         w.gap_ns = (w.gap_ns * 3 + (gap if gap < 1000000000 else 1000000000)) // 4
         w.busy_ns = w.now_ns
-    if w.draining == 1 and load32(&w.downstreams) == 0:
-        w.draining = 2
-        event_push(w, EVENT_DRAINED, 0, 0, 0, NULL, 0)
-    counters_copy(w.counters)
-    if w.notify_due:
-        w.notify_due = 0
-        wake(w.notify_fd)
+    tell_main(w)
 
 
 cdef void world_run(World* w) noexcept nogil:
@@ -719,7 +680,8 @@ cdef void world_run(World* w) noexcept nogil:
 
 
 cdef void watch(World* worlds, uint32_t threads, uint64_t* go_on) noexcept nogil:
-    """The watchdog counts its own ticks, so that a process that was stopped and resumed is not taken for a stalled one."""
+    """The watchdog counts its own ticks, so that a process that was stopped and resumed is not
+    taken for a stalled one."""
     cdef uint32_t i
     cdef World* w
     cdef uint64_t turn
@@ -736,12 +698,14 @@ cdef void watch(World* worlds, uint32_t threads, uint64_t* go_on) noexcept nogil
             w.stuck_ticks += 1
             store64(&w.stalled_ms, w.stuck_ticks * WATCH_MS)
             if w.stuck_ticks == 1:
+                store64(&w.stalls, w.stalls + 1)
                 wake(w.notify_fd)
             elif w.stuck_ticks >= STUCK_TICKS:
                 fm_abort_thread(w.pthread)
 
 
-# === what Python drives =======================================================================================================
+# === what Python drives ===========================================================================
+# ============================
 
 class Event(NamedTuple):
     kind: str
@@ -889,7 +853,8 @@ cdef class Engine:
         self._prune()
 
     cdef void _prune(self) except *:
-        """Drop the snapshots that no thread can hold any more: those older than what every thread has taken."""
+        """Drop the snapshots that no thread can hold any more: those older than what every thread
+        has taken."""
         cdef uint64_t oldest = self.in_force()
         while len(self._snapshots) > 1 and (<Snapshot>self._snapshots[0]).data.version < oldest:
             self._snapshots.pop(0)

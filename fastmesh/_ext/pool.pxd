@@ -1,8 +1,12 @@
-"""Endpoints and the connections to them: connecting, back-off, heartbeats, ejection, slow start, the weighted choice.
+"""Endpoints and the connections to them: connecting, back-off, heartbeats, ejection, slow start,
+the weighted choice.
 
-Health is a thread's own: a thread counts what it saw on its own connections. An endpoint is *chosen* only while it is in the snapshot with
-a weight, has a connection that is up and is not ejected. It fails by refused connects, by connections that die with requests in flight
-and by deadlines; `eject_failures` of those in a row eject it, but never more than `eject_percent_max` of a cluster and never its last one.
+Health is a thread's own: a thread counts what it saw on its own connections. An endpoint is
+*chosen* only while it is in the snapshot with
+a weight, has a connection that is up and is not ejected. It fails by refused connects, by
+connections that die with requests in flight
+and by deadlines; `eject_failures` of those in a row eject it, but never more than
+`eject_percent_max` of a cluster and never its last one.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -10,16 +14,26 @@ from libc.stdint cimport uint32_t, uint64_t
 from .route cimport SnapshotData
 from .world cimport Cluster, Conn, Endpoint, Link, World
 
-# Make the runtime clusters and endpoints those of this snapshot. -1 = no memory: what exists goes on as it was.
+# Make the runtime clusters and endpoints those of this snapshot. -1 = no memory: what exists goes
+# on as it was.
 cdef int pool_sync(World* w, const SnapshotData* snapshot) noexcept nogil
 cdef void pool_stop(World* w) noexcept nogil
-# An upstream connection for one more request of this cluster. NULL: *cause is CAUSE_NO_ENDPOINT, CAUSE_CONNECT or CAUSE_OVERLOAD.
-cdef Conn* pool_pick(World* w, Cluster* cluster, Link* link, uint64_t client, int* cause) noexcept nogil
-cdef void pool_connected(World* w, Conn* c) noexcept nogil           # a CONNECTING connection became writable
-cdef void pool_lost(World* w, Conn* c) noexcept nogil                # burial, first: out of the choice, the next connect planned
-cdef void pool_release(World* w, Endpoint* endpoint) noexcept nogil  # burial, last: a gone endpoint goes with its last connection
-cdef void pool_goaway(World* w, Conn* c) noexcept nogil              # no new requests on it, a fresh one beside it
-cdef void pool_settle(World* w, Conn* c) noexcept nogil              # a draining one that owes nothing is closed
+# An upstream connection for one more request of this cluster. NULL: *cause is CAUSE_NO_ENDPOINT,
+# CAUSE_CONNECT or CAUSE_OVERLOAD.
+# A shared connection carries one dialect of its protocol, so a second dialect opens a connection of
+# its own beside the first.
+cdef Conn* pool_pick(World* w, Cluster* cluster, Link* link, uint64_t client, int dialect,
+                     int* cause) noexcept nogil
+# a CONNECTING connection became writable
+cdef void pool_connected(World* w, Conn* c) noexcept nogil
+# burial, first: out of the choice, the next connect planned
+cdef void pool_lost(World* w, Conn* c) noexcept nogil
+# burial, last: a gone endpoint goes with its last connection
+cdef void pool_release(World* w, Endpoint* endpoint) noexcept nogil
+# no new requests on it, a fresh one beside it
+cdef void pool_goaway(World* w, Conn* c) noexcept nogil
+# a draining one that owes nothing is closed
+cdef void pool_settle(World* w, Conn* c) noexcept nogil
 cdef void pool_answered(World* w, Endpoint* endpoint) noexcept nogil
 cdef void pool_failed(World* w, Endpoint* endpoint) noexcept nogil
 cdef void pool_endpoint_due(World* w, Endpoint* endpoint) noexcept nogil

@@ -1,7 +1,7 @@
 # cython: language_level=3
 """Endpoints and the connections to them (contract: pool.pxd)."""
 
-from libc.errno cimport EINPROGRESS, ETIMEDOUT, errno
+from libc.errno cimport EINPROGRESS, ENOMEM, ETIMEDOUT, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from .bytes cimport memcmp, memcpy, memset
@@ -36,7 +36,7 @@ from .counters cimport (
     P_UPSTREAMS,
     row_of,
 )
-from .frame cimport CAUSE_CONNECT, CAUSE_NO_ENDPOINT, CAUSE_OVERLOAD, FrameId
+from .frame cimport CAUSE_CONNECT, CAUSE_NO_ENDPOINT, CAUSE_OVERLOAD, DIALECT_NONE, FrameId
 from .route cimport BIND_PER_CLIENT, ClusterSpec, EndpointSpec, SnapshotData
 from .slots cimport Slot, slot_id, slot_take, slots_start
 from .timers cimport timer_clear, timer_set
@@ -96,7 +96,8 @@ cdef enum:
 cdef uint64_t NEVER = ~(<uint64_t>0)
 
 
-# === the snapshot's clusters and endpoints ====================================================================================
+# === the snapshot's clusters and endpoints
+# ====================================================================================
 
 cdef Cluster* cluster_for(World* w, const ClusterSpec* spec) noexcept nogil:
     cdef Cluster* k = w.cluster_of[spec.id]
@@ -249,10 +250,12 @@ cdef void pool_stop(World* w) noexcept nogil:
     w.clusters = NULL
 
 
-# === connecting ===============================================================================================================
+# === connecting ===================================================================================
+# ============================
 
 cdef uint64_t backoff(World* w, Endpoint* e) noexcept nogil:
-    """Exponential with a jitter of a quarter either way, so that a thousand sidecars do not return in step."""
+    """Exponential with a jitter of a quarter either way, so that a thousand sidecars do not return
+    in step."""
     cdef uint64_t delay = w.snapshot.limits.backoff_ms
     cdef uint32_t step = e.backoff_step if e.backoff_step < 16 else 16
     delay = delay << step
@@ -261,7 +264,9 @@ cdef uint64_t backoff(World* w, Endpoint* e) noexcept nogil:
     return delay * 3 // 4 + world_random(w) % (delay // 2 + 1)
 
 
-cdef void connect_failed(World* w, Endpoint* e) noexcept nogil:
+cdef void connect_failed(World* w, Endpoint* e, int error) noexcept nogil:
+    cdef uint8_t reason = CLOSED_CONNECT
+    event_push(w, EVENT_ENDPOINT_DOWN, e.id, e.up, <uint64_t>error, &reason, 1)
     row_of(w.counters, e.row).c[C_CONNECT_FAILED] += 1
     e.retry_at_ms = w.now_ms + backoff(w, e)
     e.backoff_step += 1
@@ -277,21 +282,22 @@ cdef Conn* pool_connect(World* w, Endpoint* e, uint64_t owner) noexcept nogil:
     cdef Conn* c
     cdef int fd = socket(address.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
     if fd < 0:
-        connect_failed(w, e)
+        connect_failed(w, e, errno)
         return NULL
     if address.sa_family != AF_UNIX:
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
     if connect(fd, address, e.address_size) != 0 and errno != EINPROGRESS:
         # (a UNIX socket whose backlog is full says EAGAIN: that too is "not now")
-        connect_failed(w, e)
+        connect_failed(w, e, errno)
         close(fd)
         return NULL
     c = conn_new(w, fd, ROLE_UPSTREAM)
     if c == NULL:
         close(fd)
-        connect_failed(w, e)
+        connect_failed(w, e, ENOMEM)
         return NULL
     c.state = CONN_CONNECTING
+    c.dialect = DIALECT_NONE
     c.codec = e.cluster.codec
     c.row = e.row
     c.endpoint = e
@@ -301,12 +307,12 @@ cdef Conn* pool_connect(World* w, Endpoint* e, uint64_t owner) noexcept nogil:
         c.codec_state = mem_take(w, c.codec.state_bytes)
         if c.codec_state == NULL:
             conn_free(w, c)
-            connect_failed(w, e)
+            connect_failed(w, e, ENOMEM)
             return NULL
         memset(c.codec_state, 0, c.codec.state_bytes)
     if conn_arm(w, c, EPOLLOUT) != 0:
         conn_free(w, c)
-        connect_failed(w, e)
+        connect_failed(w, e, ENOMEM)
         return NULL
     c.endpoint_next = e.conns
     e.conns = c
@@ -339,7 +345,8 @@ cdef void pool_connected(World* w, Conn* c) noexcept nogil:
         e.ramp_from_ms = w.now_ms
     e.ever_up = 1
     e.cluster.recompute_ms = 0
-    conn_check_by(w, c, w.now_ms + w.snapshot.limits.heartbeat_ms)
+    if w.snapshot.limits.heartbeat_ms:
+        conn_check_by(w, c, w.now_ms + w.snapshot.limits.heartbeat_ms)
     event_push(w, EVENT_ENDPOINT_UP, e.id, e.up, 0, NULL, 0)
     if conn_arm(w, c, EPOLLIN) != 0:
         conn_doom(w, c, CLOSED_IO_ERROR, errno)
@@ -365,7 +372,7 @@ cdef void pool_lost(World* w, Conn* c) noexcept nogil:
         return
     e.cluster.recompute_ms = 0
     if reason == CLOSED_CONNECT:
-        connect_failed(w, e)
+        connect_failed(w, e, c.close_errno)
         pool_failed(w, e)
         return
     if not c.counted:
@@ -407,7 +414,8 @@ cdef void pool_settle(World* w, Conn* c) noexcept nogil:
         conn_doom(w, c, CLOSED_DRAINED, 0)
 
 
-# === the choice ===============================================================================================================
+# === the choice ===================================================================================
+# ============================
 
 cdef bint can_be_chosen(World* w, Cluster* k, Endpoint* e) noexcept nogil:
     if e.weight == 0 or e.address_size == 0 or e.ejected_until_ms:
@@ -457,7 +465,8 @@ cdef Endpoint* roll(World* w, Cluster* k) noexcept nogil:
 
 
 cdef Endpoint* choose(World* w, Cluster* k) noexcept nogil:
-    """Two rolls by weight, the one with fewer in flight per weight wins; NULL = nobody can be chosen."""
+    """Two rolls by weight, the one with fewer in flight per weight wins; NULL = nobody can be
+    chosen."""
     cdef Endpoint* a
     cdef Endpoint* b
     if w.now_ms >= k.recompute_ms:
@@ -471,51 +480,82 @@ cdef Endpoint* choose(World* w, Cluster* k) noexcept nogil:
     return a
 
 
-cdef Conn* lightest(Endpoint* e, int state) noexcept nogil:
-    """The endpoint's connection in that state with the fewest ids in use and one left, or NULL."""
+cdef uint32_t speaking(Endpoint* e, int dialect) noexcept nogil:
+    """How many connections of the endpoint speak that dialect, or will once they are up."""
+    cdef Conn* c = e.conns
+    cdef uint32_t count = 0
+    while c != NULL:
+        if c.dialect == dialect and (c.state == CONN_OPEN or c.state == CONN_CONNECTING):
+            count += 1
+        c = c.endpoint_next
+    return count
+
+
+cdef Conn* lightest(Endpoint* e, int state, int dialect) noexcept nogil:
+    """The endpoint's connection in that state and dialect with the fewest ids in use and one left.
+
+    One that has not spoken yet takes any dialect, while fewer than `connections` speak it. Or NULL.
+    """
+    cdef bint may_claim = speaking(e, dialect) < e.cluster.connections
     cdef Conn* c = e.conns
     cdef Conn* best = NULL
     while c != NULL:
-        if c.state == state and c.owner == 0 and c.sent.used < c.sent.capacity:
-            if best == NULL or c.sent.used < best.sent.used:
+        if c.state == state and c.owner == 0 and c.sent.used < c.sent.capacity and \
+                (c.dialect == dialect or (may_claim and c.dialect == DIALECT_NONE)):
+            if best == NULL or c.sent.used < best.sent.used or \
+                    (c.sent.used == best.sent.used and c.dialect == dialect):
                 best = c
         c = c.endpoint_next
     return best
 
 
-cdef Conn* pick_shared(World* w, Cluster* k, int* cause) noexcept nogil:
+cdef Conn* usable(World* w, Endpoint* e, int dialect) noexcept nogil:
+    """A connection of this endpoint for a frame of that dialect; a new one where none speaks it."""
+    cdef Conn* c = lightest(e, CONN_OPEN, dialect)
+    if c == NULL:
+        c = lightest(e, CONN_CONNECTING, dialect)
+    if c == NULL and speaking(e, dialect) == 0:
+        c = pool_connect(w, e, 0)
+    if c != NULL:
+        c.dialect = <uint8_t>dialect
+    return c
+
+
+cdef Conn* pick_shared(World* w, Cluster* k, int dialect, int* cause) noexcept nogil:
     cdef Endpoint* e = choose(w, k)
     cdef Conn* c
     cdef uint32_t i
     if e != NULL:
-        c = lightest(e, CONN_OPEN)
+        c = usable(w, e, dialect)
         if c != NULL:
             return c
         # every id of the chosen one is in use: any other endpoint with room is better than "overload"
         for i in range(k.endpoints_count):
             if k.endpoints[i].effective:
-                c = lightest(k.endpoints[i], CONN_OPEN)
+                c = usable(w, k.endpoints[i], dialect)
                 if c != NULL:
                     return c
         cause[0] = CAUSE_OVERLOAD
         return NULL
-    # Nobody is up. A connect under way is worth waiting for (it is bounded): so a client that comes with our first
-    # breath, or in the moment of a reconnect, is served.
+    # Nobody is up. A connect under way is worth waiting for (it is bounded): so a client that comes
+    # with our first breath, or in the moment of a reconnect, is served.
     for i in range(k.endpoints_count):
         e = k.endpoints[i]
         if e.weight and not e.ejected_until_ms:
-            c = lightest(e, CONN_CONNECTING)
+            c = lightest(e, CONN_CONNECTING, dialect)
             if c != NULL:
+                c.dialect = <uint8_t>dialect
                 return c
     cause[0] = CAUSE_NO_ENDPOINT
     return NULL
 
 
-cdef Conn* pool_pick(World* w, Cluster* k, Link* link, uint64_t client, int* cause) noexcept nogil:
+cdef Conn* pool_pick(World* w, Cluster* k, Link* link, uint64_t client, int dialect,
+                     int* cause) noexcept nogil:
     cdef Conn* c
     cdef Endpoint* e
     if k.binding != BIND_PER_CLIENT:
-        return pick_shared(w, k, cause)
+        return pick_shared(w, k, dialect, cause)
     c = conn_of(w, link.upstream)
     if c != NULL and c.state != CONN_DRAINING:
         if c.sent.used < c.sent.capacity:
@@ -530,11 +570,13 @@ cdef Conn* pool_pick(World* w, Cluster* k, Link* link, uint64_t client, int* cau
     if c == NULL:
         cause[0] = CAUSE_CONNECT
         return NULL
+    c.dialect = <uint8_t>dialect
     link.upstream = conn_handle(c)
     return c
 
 
-# === health ===================================================================================================================
+# === health =======================================================================================
+# ============================
 
 cdef void pool_answered(World* w, Endpoint* e) noexcept nogil:
     e.failures = 0
@@ -544,7 +586,8 @@ cdef void pool_failed(World* w, Endpoint* e) noexcept nogil:
     cdef Cluster* k = e.cluster
     cdef uint64_t span
     e.failures += 1
-    if k == NULL or e.ejected_until_ms or e.failures < w.snapshot.limits.eject_failures:
+    if k == NULL or e.ejected_until_ms or w.snapshot.limits.eject_failures == 0 or \
+            e.failures < w.snapshot.limits.eject_failures:
         return
     # the floor: a share of the cluster, and never its last endpoint
     if k.ejected + 1 >= k.endpoints_count or \
@@ -562,6 +605,16 @@ cdef void pool_failed(World* w, Endpoint* e) noexcept nogil:
     event_push(w, EVENT_EJECTED, e.id, span, 0, NULL, 0)
     if e.timer.link == NULL or e.timer.at_ms > e.ejected_until_ms:
         timer_set(&w.wheel, &e.timer, e.ejected_until_ms)
+
+
+cdef bint twin(Endpoint* e, const Conn* like) noexcept nogil:
+    """Another open connection of the endpoint speaks the same dialect."""
+    cdef Conn* c = e.conns
+    while c != NULL:
+        if c != like and c.state == CONN_OPEN and c.dialect == like.dialect:
+            return True
+        c = c.endpoint_next
+    return False
 
 
 cdef void pool_endpoint_due(World* w, Endpoint* e) noexcept nogil:
@@ -594,10 +647,11 @@ cdef void pool_endpoint_due(World* w, Endpoint* e) noexcept nogil:
             have += 1
         if have < k.connections and e.retry_at_ms < next_ms:
             next_ms = e.retry_at_ms
-        # fewer than before: the surplus drains
+        # The surplus of a configuration with fewer connections drains. (A connection that a second
+        # dialect opened is no surplus: the last one that speaks a dialect stays.)
         c = e.conns
         while c != NULL and have > k.connections:
-            if c.state == CONN_OPEN:
+            if c.state == CONN_OPEN and (c.dialect == DIALECT_NONE or twin(e, c)):
                 pool_goaway(w, c)
                 have -= 1
             c = c.endpoint_next
@@ -614,6 +668,8 @@ cdef void send_heartbeat(World* w, Conn* c) noexcept nogil:
     cdef uint8_t[64] frame
     cdef Slot* slot = slot_take(&c.sent, &grew)
     w.budget.used += grew
+    if c.dialect == DIALECT_NONE:
+        c.dialect = 0
     if slot == NULL:
         return   # every id is in flight: the answers owed prove life as well as a heartbeat would
     slot.timer.owner = slot
@@ -622,7 +678,7 @@ cdef void send_heartbeat(World* w, Conn* c) noexcept nogil:
     memset(&id, 0, sizeof(id))
     id.number = slot_id(slot)
     slot.sent_ns = w.now_ns
-    if queue_own(w, c, frame, c.codec.heartbeat(&id, frame)) == NULL:
+    if queue_own(w, c, frame, c.codec.heartbeat(&id, c.dialect, frame)) == NULL:
         conn_doom(w, c, CLOSED_MEMORY, 0)
         return
     c.heartbeat_open = 1
@@ -641,10 +697,13 @@ cdef void pool_conn_due(World* w, Conn* c) noexcept nogil:
         else:
             conn_check_by(w, c, due)
         return
-    # Any byte received proves life; silence for `heartbeat_ms` asks, another such silence closes (N2: <= 2 x heartbeat).
+    # Any byte received proves life; silence for `heartbeat_ms` asks, another such silence closes
+    # (N2: <= 2 x heartbeat).
     if c.heartbeat_open and c.read_ms >= c.heartbeat_ms:
         c.heartbeat_open = 0
-    if c.heartbeat_open:
+    if every == 0:
+        due = NEVER
+    elif c.heartbeat_open:
         due = c.heartbeat_ms + every
         if w.now_ms >= due:
             conn_doom(w, c, CLOSED_HEARTBEAT, 0)

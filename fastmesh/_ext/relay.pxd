@@ -1,9 +1,13 @@
-"""Frames: what happens to each one. Route, slot, patch, queue; answer, expire, retry, hold back; and the burial of connections.
+"""Frames: what happens to each one. Route, slot, patch, queue; answer, expire, retry, hold back;
+and the burial of connections.
 
-One request on its way: relay_readable() reads and scans -> on_request(): rule -> quota -> pool_pick() -> slot_take() -> patch -> queue.
-One answer: relay_readable() on the upstream -> on_answer(): slot_find() -> patch -> the client's queue -> the slot is free again.
+One request on its way: relay_readable() reads and scans -> on_request(): rule -> quota ->
+pool_pick() -> slot_take() -> patch -> queue.
+One answer: relay_readable() on the upstream -> on_answer(): slot_find() -> patch -> the client's
+queue -> the slot is free again.
 
-The ledger rule: whatever is counted `accepted` is settled exactly once: settle(), expire() or refuse() does it, nothing else touches it.
+The ledger rule: whatever is counted `accepted` is settled exactly once: settle(), expire() or
+refuse() does it, nothing else touches it.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -12,10 +16,13 @@ from .slots cimport Slot
 from .world cimport Conn, Parked, World
 
 cdef void relay_readable(World* w, Conn* c) noexcept nogil
-cdef void relay_resume(World* w) noexcept nogil                 # connections that were held and have frames buffered
-cdef void relay_bury(World* w) noexcept nogil                   # every doomed connection: settle what hung on it, free it
+# connections that were held and have frames buffered
+cdef void relay_resume(World* w) noexcept nogil
+# every doomed connection: settle what hung on it, free it
+cdef void relay_bury(World* w) noexcept nogil
 cdef void relay_slot_due(World* w, Slot* slot) noexcept nogil
 cdef void relay_client_due(World* w, Conn* c) noexcept nogil    # a client connection's timer
 cdef void relay_parked_due(World* w, Parked* parked) noexcept nogil
 cdef void relay_verdict(World* w, uint64_t ticket, uint64_t cluster, int what) noexcept nogil
-cdef void relay_abort(World* w) noexcept nogil                  # the grace period is over: everything in flight is told so
+# the grace period is over: everything in flight is told so
+cdef void relay_abort(World* w) noexcept nogil

@@ -74,6 +74,7 @@ from .counters cimport (
     latency_index,
     row_of,
 )
+from .debug cimport holds
 from .frame cimport (
     CAUSE_CLIENT_GONE,
     CAUSE_CONNECT,
@@ -116,6 +117,7 @@ from .slots cimport (
     MISS_CLIENT_GONE,
     MISS_DUPLICATE,
     MISS_LATE,
+    MISS_NONE,
     MISS_UNKNOWN,
     SLOT_IN_FLIGHT,
     SLOT_RESTING,
@@ -125,6 +127,7 @@ from .slots cimport (
     slot_find,
     slot_id,
     slot_link,
+    slot_order_pop,
     slot_order_push,
     slot_release,
     slot_rest,
@@ -185,10 +188,12 @@ cdef extern from "atomics.h" nogil:
     bint unlikely "fm_unlikely"(bint x)
 
 cdef enum:
-    HOLD_PARSING = HOLD_QUOTA | HOLD_PARKED | HOLD_PUNT | HOLD_ORDER   # between two frames, not after the last one
+    # between two frames, not after the last one
+    HOLD_PARSING = HOLD_QUOTA | HOLD_PARKED | HOLD_PUNT | HOLD_ORDER
     LOGS_PER_SECOND = 10     # abnormal ends reported, per reason: the counters have them all
     PUNT_RETRY_MS = 10
     DRAIN_LOOK_MS = 50
+    LOOK_AGAIN_MS = 60000    # a client connection that owes or is owed something, and nothing limits it
     SHED_PERCENT = 90        # of the memory budget: requests are answered "overload"
     TIGHT_PERCENT = 75       # of the memory budget: whoever has requests queued is paused
     TIGHT_BYTES = 1 << 16    # ... beyond this much
@@ -197,10 +202,17 @@ cdef enum:
 cdef uint64_t NEVER = ~(<uint64_t>0)
 
 
-# === small things =============================================================================================================
+cdef inline uint64_t after(uint64_t at_ms, uint32_t span_ms) noexcept nogil:
+    """A limit of 0 is off."""
+    return at_ms + span_ms if span_ms else NEVER
+
+
+# === small things =================================================================================
+# ============================
 
 cdef void report_end(World* w, Conn* c, int reason, const uint8_t* data, uint32_t size) noexcept nogil:
-    """Tell the main thread of an abnormal end: peer address and the first bytes, at most LOGS_PER_SECOND per reason."""
+    """Tell the main thread of an abnormal end: peer address and the first bytes, at most
+    LOGS_PER_SECOND per reason."""
     cdef uint8_t[168] text
     cdef unsigned int address_size = 128
     if w.now_ms // 1000 != w.log_second:
@@ -214,7 +226,8 @@ cdef void report_end(World* w, Conn* c, int reason, const uint8_t* data, uint32_
         address_size = 0
     text[0] = <uint8_t>address_size
     text[1] = <uint8_t>(size if size < 32 else 32)
-    memcpy(text + 132, data, text[1])
+    if text[1]:
+        memcpy(text + 132, data, text[1])
     if event_push(w, EVENT_CLOSED, conn_handle(c), c.listener, reason, text, sizeof(text)) != 0:
         w.counters.p[P_EVENTS_LOST] += 1
 
@@ -247,7 +260,8 @@ cdef inline int block_of(const Slot* slot) noexcept nogil:
 
 
 cdef Entry* queue_patched(World* w, Conn* to, FrameView* view, const FrameId* id, int kind) noexcept nogil:
-    """Give the frame its new id and queue it. The queue takes the frame's own memory over where it has some. NULL = no memory."""
+    """Give the frame its new id and queue it. The queue takes the frame's own memory over where it
+    has some. NULL = no memory."""
     cdef Span[3] piece
     cdef uint8_t[32] scratch
     cdef uint8_t* whole
@@ -278,7 +292,8 @@ cdef Entry* queue_patched(World* w, Conn* to, FrameView* view, const FrameId* id
     return e
 
 
-# === a slot's end =============================================================================================================
+# === a slot's end =================================================================================
+# ============================
 
 cdef void leave_flight(World* w, Slot* slot) noexcept nogil:
     """Out of the gauges, off its asker's list, its timer stopped."""
@@ -337,7 +352,8 @@ cdef void end_in_flight(World* w, Slot* slot, int miss) noexcept nogil:
 
 
 cdef void fail(World* w, Slot* slot, int cause) noexcept nogil:
-    """Nobody will answer this request any more: its asker is told, the ledger says why. The caller ends the slot."""
+    """Nobody will answer this request any more: its asker is told, the ledger says why. The caller
+    ends the slot."""
     cdef Conn* asker = conn_of(w, slot.asker)
     cdef uint64_t* c = row_of(w.counters, slot.row).c
     if cause == CAUSE_DEADLINE:
@@ -360,7 +376,8 @@ cdef void relay_slot_due(World* w, Slot* slot) noexcept nogil:
     cdef Conn* on = <Conn*>slot.table_owner
     if slot.state == SLOT_RESTING:
         if on.codec.correlation == CORRELATE_BY_ORDER:
-            # The place in the order cannot be given up: the next answer would be taken for another's.
+            # The place in the order cannot be given up: the next answer would be taken for
+            # another's.
             conn_doom(w, on, CLOSED_BY_COMMAND, 0)
         elif on.head != NULL and on.head.slot == slot:
             timer_set(&w.wheel, &slot.timer, w.now_ms + SLOT_REST_MS)   # still being written
@@ -373,7 +390,8 @@ cdef void relay_slot_due(World* w, Slot* slot) noexcept nogil:
     end_in_flight(w, slot, MISS_LATE)
 
 
-# === requests, both directions ================================================================================================
+# === requests, both directions
+# ================================================================================================
 
 cdef uint64_t deadline_ms(World* w, const FrameView* view) noexcept nogil:
     """The frame's own timeout; the configured one where it says 0 or less (Bolt: none given)."""
@@ -403,9 +421,11 @@ cdef Link* link_for(World* w, Conn* c, uint32_t cluster) noexcept nogil:
 
 
 cdef bint over_quota(World* w, Conn* c, Link* link, uint32_t size) noexcept nogil:
-    """May one more request of this size be queued towards the link's cluster? Pauses the client on the way to the limit.
+    """May one more request of this size be queued towards the link's cluster? Pauses the client on
+    the way to the limit.
 
-    Only a client that uses one cluster and owes no answer to anybody is paused: for any other, reading on is what keeps its other
+    Only a client that uses one cluster and owes no answer to anybody is paused: for any other,
+    reading on is what keeps its other
     traffic going, and it is told "overload" at the limit.
     """
     cdef uint64_t most = w.snapshot.limits.queue_bytes_max
@@ -485,7 +505,7 @@ cdef bint send_request(World* w, Conn* on, Conn* asker, FrameView* view, uint32_
     e = queue_patched(w, on, view, &id, ENTRY_REQUEST)
     if e == NULL:
         leave_flight(w, slot)
-        free_slot(w, slot, MISS_UNKNOWN)
+        free_slot(w, slot, MISS_NONE)
         return False
     e.slot = slot
     e.row = row
@@ -519,9 +539,10 @@ cdef void forward_request(World* w, Conn* c, FrameView* view, uint32_t row, Clus
     if link == NULL or over_quota(w, c, link, view.size):
         cause = CAUSE_OVERLOAD
     else:
-        up = pool_pick(w, k, link, conn_handle(c), &cause)
+        up = pool_pick(w, k, link, conn_handle(c), view.dialect, &cause)
         if up != NULL and not (view.flags & FLAG_LAST) and k.binding != BIND_PER_CLIENT:
-            # A frame in parts came while its cluster was bound 1:1, and is not any more: parts of two clients would mix.
+            # A frame in parts came while its cluster was bound 1:1, and is not any more: parts of
+            # two clients would mix.
             up = NULL
             cause = CAUSE_NO_ENDPOINT
         if up != NULL:
@@ -534,7 +555,8 @@ cdef void forward_request(World* w, Conn* c, FrameView* view, uint32_t row, Clus
                     return
                 cause = CAUSE_OVERLOAD
             else:
-                # Id 0 is never a slot: an upstream that answers a one-way frame all the same reaches nobody.
+                # Id 0 is never a slot: an upstream that answers a one-way frame all the same
+                # reaches nobody.
                 memset(&id, 0, sizeof(id))
                 e = queue_patched(w, up, view, &id, ENTRY_ONEWAY)
                 if e != NULL:
@@ -589,7 +611,7 @@ cdef void on_request(World* w, Conn* c, FrameView* view) noexcept nogil:
         if malformed:
             w.counters.p[P_MALFORMED + 7] += 1
             report_end(w, c, CLOSED_MALFORMED, view.data, view.size)
-            say_and_close(w, c)
+            say_and_close(w, c, CLOSED_MALFORMED)
         return
     k = w.cluster_of[w.snapshot.clusters[rule.cluster].id]
     if rule.park:
@@ -600,8 +622,9 @@ cdef void on_request(World* w, Conn* c, FrameView* view) noexcept nogil:
         conn_hold(w, c, HOLD_ORDER)
 
 
-cdef void say_and_close(World* w, Conn* c) noexcept nogil:
-    """The explanation leaves, then our side closes. What the client still sends is read and thrown away for a moment: closing over unread
+cdef void say_and_close(World* w, Conn* c, int reason) noexcept nogil:
+    """The explanation leaves, then our side closes. What the client still sends is read and thrown
+    away for a moment: closing over unread
     bytes would reset the connection, and the reset would overtake the explanation."""
     if c.state == CONN_DOOMED:
         return
@@ -610,17 +633,19 @@ cdef void say_and_close(World* w, Conn* c) noexcept nogil:
     if c.state == CONN_DOOMED:
         return
     if c.head != NULL:
-        conn_doom(w, c, CLOSED_MALFORMED, 0)
+        conn_doom(w, c, reason, 0)
         return
     c.io.shutdown(c)
     c.lingering = 1
+    c.close_reason = <uint8_t>reason
     c.frame_began_ms = 0
     c.linger_until_ms = w.now_ms + LINGER_MS
     conn_check_by(w, c, c.linger_until_ms)
 
 
 cdef Conn* client_for_push(World* w, Conn* up) noexcept nogil:
-    """Who gets a request of the server side: a client with a request in flight on that connection, the last user first; else the last user."""
+    """Who gets a request of the server side: a client with a request in flight on that connection,
+    the last user first; else the last user."""
     cdef Conn* last = conn_of(w, up.last_client)
     cdef Conn* c
     cdef Slot* slot
@@ -688,7 +713,8 @@ cdef void on_push(World* w, Conn* up, FrameView* view) noexcept nogil:
 
 
 cdef void end_pause(World* w, Conn* c) noexcept nogil:
-    """The second is over (or the client is needed): it is read again, and what stays over the quota is answered "overload"."""
+    """The second is over (or the client is needed): it is read again, and what stays over the quota
+    is answered "overload"."""
     cdef Link* link = c.links
     while link != NULL:
         if link.flow == FLOW_PAUSED:
@@ -697,7 +723,8 @@ cdef void end_pause(World* w, Conn* c) noexcept nogil:
     conn_release(w, c, HOLD_QUOTA)
 
 
-# === answers, both directions =================================================================================================
+# === answers, both directions
+# =================================================================================================
 
 cdef Slot* slot_for(World* w, Conn* c, const FrameView* view, int* miss) noexcept nogil:
     cdef Slot* slot
@@ -713,7 +740,8 @@ cdef Slot* slot_for(World* w, Conn* c, const FrameView* view, int* miss) noexcep
 
 
 cdef void on_answer(World* w, Conn* c, FrameView* view) noexcept nogil:
-    """An answer on `c` to a request that we sent there: from an upstream to a client, or from a client to an upstream."""
+    """An answer on `c` to a request that we sent there: from an upstream to a client, or from a
+    client to an upstream."""
     cdef int miss = 0
     cdef int block
     cdef Slot* slot = slot_for(w, c, view, &miss)
@@ -741,9 +769,18 @@ cdef void on_answer(World* w, Conn* c, FrameView* view) noexcept nogil:
         return
     asker = conn_of(w, slot.asker)
     block = block_of(slot)
+    if unlikely(asker == NULL):
+        # It was doomed earlier in this turn and is not buried yet.
+        w.counters.p[P_DROPPED + MISS_CLIENT_GONE] += 1
+        row_of(w.counters, slot.row).c[block + C_FAILED + CAUSE_CLIENT_GONE] += 1
+        follow_stream(c, NULL, view, 0, block)
+        leave_flight(w, slot)
+        free_slot(w, slot, MISS_DUPLICATE)
+        return
     e = queue_patched(w, asker, view, &slot.orig, ENTRY_ANSWER)
     if unlikely(e == NULL):
-        # No memory for its answer: the client learns it by losing its connection (its burial settles the slot).
+        # No memory for its answer: the client learns it by losing its connection (its burial
+        # settles the slot).
         conn_doom(w, asker, CLOSED_MEMORY, 0)
         follow_stream(c, NULL, view, 0, block)
         return
@@ -764,7 +801,8 @@ cdef void on_answer(World* w, Conn* c, FrameView* view) noexcept nogil:
     free_slot(w, slot, MISS_DUPLICATE)
 
 
-# === streamed frames (VIEW_PARTS on 1:1 bindings) =============================================================================
+# === streamed frames (VIEW_PARTS on 1:1 bindings)
+# =============================================================================
 
 cdef void follow_stream(Conn* c, Conn* to, const FrameView* view, uint32_t row, int block) noexcept nogil:
     """Where the next parts of the frame that `c` is sending go: to `to`, or nowhere."""
@@ -782,7 +820,8 @@ cdef void follow_stream(Conn* c, Conn* to, const FrameView* view, uint32_t row, 
 
 
 cdef void on_part(World* w, Conn* c, FrameView* view) noexcept nogil:
-    """A middle or last part: to wherever the first one went. If that is gone, the rest of the frame goes nowhere."""
+    """A middle or last part: to wherever the first one went. If that is gone, the rest of the frame
+    goes nowhere."""
     cdef Conn* to = conn_of(w, c.stream_to)
     cdef Entry* e
     if to != NULL:
@@ -798,10 +837,12 @@ cdef void on_part(World* w, Conn* c, FrameView* view) noexcept nogil:
             to.answer_open = 0
 
 
-# === parking ==================================================================================================================
+# === parking ======================================================================================
+# ============================
 
 cdef void park(World* w, Conn* c, FrameView* view, uint32_t row, uint32_t cluster) noexcept nogil:
-    """Hold one frame until Python's verdict. Order is kept by reading nothing more of this connection meanwhile."""
+    """Hold one frame until Python's verdict. Order is kept by reading nothing more of this
+    connection meanwhile."""
     cdef Parked* p = NULL
     cdef bint oneway = view.kind == FRAME_ONEWAY
     cdef uint8_t* data = NULL
@@ -839,7 +880,8 @@ cdef void park(World* w, Conn* c, FrameView* view, uint32_t row, uint32_t cluste
     timer_set(&w.wheel, &p.timer, deadline_ms(w, view))
     conn_hold(w, c, HOLD_PARKED)
     if event_push(w, EVENT_PARKED, p.ticket, row, 0, data, view.size) != 0:
-        # Python has too much to read already: this connection waits with its frame and tells again in a moment.
+        # Python has too much to read already: this connection waits with its frame and tells again
+        # in a moment.
         w.counters.p[P_PUNT_FULL] += 1
         conn_hold(w, c, HOLD_PUNT)
         conn_check_by(w, c, w.now_ms + PUNT_RETRY_MS)
@@ -915,7 +957,8 @@ cdef void relay_verdict(World* w, uint64_t ticket, uint64_t cluster, int what) n
         settle_parked(w, p, CAUSE_NONE, k)
 
 
-# === reading ==================================================================================================================
+# === reading ======================================================================================
+# ============================
 
 cdef void on_malformed(World* w, Conn* c, const FrameView* view, const uint8_t* data, uint32_t size) noexcept nogil:
     """Out of step with the peer: say so if the id is sound, then close."""
@@ -926,7 +969,7 @@ cdef void on_malformed(World* w, Conn* c, const FrameView* view, const uint8_t* 
         if view.flags & FLAG_ANSWERABLE and view.kind == FRAME_REQUEST:
             row_of(w.counters, c.row).c[REQUESTS + C_ACCEPTED] += 1
             refuse(w, c, view, c.row, REQUESTS, CAUSE_UNDECODABLE)
-            say_and_close(w, c)
+            say_and_close(w, c, CLOSED_MALFORMED)
             return
     conn_doom(w, c, CLOSED_MALFORMED, 0)
 
@@ -952,11 +995,13 @@ cdef void dispatch(World* w, Conn* c, FrameView* view) noexcept nogil:
         if c.role == ROLE_UPSTREAM:
             pool_goaway(w, c)
     else:
-        w.counters.p[P_DROPPED + MISS_UNKNOWN] += 1     # an acknowledgement of a heartbeat that we never send to clients
+        # an acknowledgement of a heartbeat that we never send to clients
+        w.counters.p[P_DROPPED + MISS_UNKNOWN] += 1
 
 
 cdef uint32_t feed(World* w, Conn* c, uint8_t* data, uint32_t n) noexcept nogil:
-    """Handle every whole frame at `data`; returns the bytes taken. Sets part_need when the rest is a half frame."""
+    """Handle every whole frame at `data`; returns the bytes taken. Sets part_need when the rest is
+    a half frame."""
     cdef FrameView view
     cdef uint32_t at = 0, size
     cdef ParseStatus status
@@ -992,7 +1037,8 @@ cdef void drop_part(World* w, Conn* c) noexcept nogil:
 
 
 cdef bint part_fits(World* w, Conn* c, uint32_t size) noexcept nogil:
-    """Room for `size` bytes in the half frame's buffer. It grows with what was received, never with what was announced."""
+    """Room for `size` bytes in the half frame's buffer. It grows with what was received, never with
+    what was announced."""
     cdef uint32_t room
     cdef void* p
     if size <= c.part_room:
@@ -1024,14 +1070,14 @@ cdef void keep_part(World* w, Conn* c, const uint8_t* data, uint32_t left, bint 
     c.part_size = left
     if fresh or c.frame_began_ms == 0:
         c.frame_began_ms = w.now_ms
-        conn_check_by(w, c, w.now_ms + w.snapshot.limits.frame_timeout_ms)
+        conn_check_by(w, c, after(w.now_ms, w.snapshot.limits.frame_timeout_ms))
 
 
 cdef void on_eof(World* w, Conn* c) noexcept nogil:
     """Its last word. A client that only closed its sending half still gets what it is owed."""
     drop_part(w, c)
     if c.lingering:
-        conn_doom(w, c, CLOSED_MALFORMED, 0)
+        conn_doom(w, c, c.close_reason, 0)
     elif c.role == ROLE_DOWNSTREAM and (c.asked_count or c.head != NULL or c.parked != NULL):
         conn_hold(w, c, HOLD_EOF)
     else:
@@ -1048,7 +1094,10 @@ cdef int64_t take_in(World* w, Conn* c, iovec* iov, int count) noexcept nogil:
     if n > 0:
         world_clock(w)
         c.read_ms = w.now_ms
-        c.spoke = 1
+        if unlikely(not c.spoke):
+            c.spoke = 1
+            if c.role == ROLE_DOWNSTREAM:
+                conn_check_by(w, c, after(w.now_ms, w.snapshot.limits.idle_timeout_ms))
         w.counters.p[P_READ_BYTES] += <uint64_t>n
         row_of(w.counters, c.row).c[C_BYTES_IN] += <uint64_t>n
         return n
@@ -1060,7 +1109,8 @@ cdef int64_t take_in(World* w, Conn* c, iovec* iov, int count) noexcept nogil:
 
 
 cdef int64_t read_to_area(World* w, Conn* c) noexcept nogil:
-    """Read behind the half frame's few bytes, handle what is whole, keep the rest. Returns bytes read if the recv was full, else 0."""
+    """Read behind the half frame's few bytes, handle what is whole, keep the rest. Returns bytes
+    read if the recv was full, else 0."""
     cdef iovec iov
     cdef uint8_t* base = w.area + w.area_used
     cdef uint32_t before = c.part_size
@@ -1084,7 +1134,8 @@ cdef int64_t read_to_area(World* w, Conn* c) noexcept nogil:
 
 
 cdef int64_t read_to_part(World* w, Conn* c) noexcept nogil:
-    """Complete a long frame where it lies; what follows it goes to the area, in the same recv. Returns as read_to_area()."""
+    """Complete a long frame where it lies; what follows it goes to the area, in the same recv.
+    Returns as read_to_area()."""
     cdef iovec[2] iov
     cdef uint8_t* base
     cdef uint32_t missing, behind, used, room
@@ -1129,13 +1180,15 @@ cdef int64_t read_to_part(World* w, Conn* c) noexcept nogil:
     w.block = NULL
     w.block_room = 0
     if used == 0 and c.state != CONN_DOOMED:
-        # Its announced need was not its whole length (text protocols): the bytes behind it belong to it.
+        # Its announced need was not its whole length (text protocols): the bytes behind it belong
+        # to it.
         if behind:
             if not part_fits(w, c, c.part_size + behind):
                 return 0
             memcpy(c.part + c.part_size, base, behind)
             c.part_size += behind
         return n
+    holds(c.state == CONN_DOOMED or c.lingering or used == c.part_size)    # one frame, the whole block
     c.part = NULL
     c.part_room = 0
     c.part_size = 0
@@ -1151,10 +1204,12 @@ cdef int64_t read_to_part(World* w, Conn* c) noexcept nogil:
 
 
 cdef void relay_readable(World* w, Conn* c) noexcept nogil:
-    """Read until the kernel has no more, the connection had its share of the turn, or the area is full."""
+    """Read until the kernel has no more, the connection had its share of the turn, or the area is
+    full."""
     cdef uint64_t taken = 0
     cdef int64_t n
-    while c.state != CONN_DOOMED and c.hold == 0 and taken < READ_BYTES_PER_TURN:
+    # (with `part_ready` its buffer holds whole frames, which relay_resume() takes first, in the next turn)
+    while c.state != CONN_DOOMED and c.hold == 0 and not c.part_ready and taken < READ_BYTES_PER_TURN:
         if AREA_BYTES - w.area_used < 2 * PART_IN_AREA_BYTES:
             return      # the engine flushes and comes again: the kernel still says "readable"
         if c.part_size <= PART_IN_AREA_BYTES:
@@ -1186,7 +1241,8 @@ cdef void relay_resume(World* w) noexcept nogil:
         keep_part(w, c, base + used, size - used, used > 0)
 
 
-# === timers of client connections =============================================================================================
+# === timers of client connections
+# =============================================================================================
 
 cdef void relay_client_due(World* w, Conn* c) noexcept nogil:
     cdef const MeshLimits* limits = &w.snapshot.limits
@@ -1198,7 +1254,7 @@ cdef void relay_client_due(World* w, Conn* c) noexcept nogil:
     cdef bint owes = c.asked_count != 0 or c.sent.used > c.sent.resting or c.parked != NULL
     if c.lingering:
         if now >= c.linger_until_ms:
-            conn_doom(w, c, CLOSED_MALFORMED, 0)
+            conn_doom(w, c, c.close_reason, 0)
         else:
             conn_check_by(w, c, c.linger_until_ms)
         return
@@ -1217,20 +1273,20 @@ cdef void relay_client_due(World* w, Conn* c) noexcept nogil:
         else:
             due = now + PUNT_RETRY_MS
     if not c.spoke:
-        at = c.opened_ms + limits.first_byte_timeout_ms
+        at = after(c.opened_ms, limits.first_byte_timeout_ms)
         if now >= at:
             conn_doom(w, c, CLOSED_FIRST_BYTE, 0)
             return
         due = at if at < due else due
     elif c.frame_began_ms and c.hold == 0:
-        at = c.frame_began_ms + limits.frame_timeout_ms
+        at = after(c.frame_began_ms, limits.frame_timeout_ms)
         if now >= at:
             report_end(w, c, CLOSED_FRAME_TIMEOUT, c.part, c.part_size)
             conn_doom(w, c, CLOSED_FRAME_TIMEOUT, 0)
             return
         due = at if at < due else due
     if c.head != NULL:
-        at = c.wrote_ms + limits.idle_timeout_ms
+        at = after(c.wrote_ms, limits.idle_timeout_ms)
         if now >= at:
             w.counters.p[P_SLOW_CONSUMERS] += 1
             report_end(w, c, CLOSED_SLOW_CONSUMER, NULL, 0)
@@ -1238,7 +1294,7 @@ cdef void relay_client_due(World* w, Conn* c) noexcept nogil:
             return
         due = at if at < due else due
     elif c.spoke and not owes:
-        at = quiet + limits.idle_timeout_ms
+        at = after(quiet, limits.idle_timeout_ms)
         if now >= at:
             conn_doom(w, c, CLOSED_IDLE, 0)
             return
@@ -1253,27 +1309,28 @@ cdef void relay_client_due(World* w, Conn* c) noexcept nogil:
         at = now + DRAIN_LOOK_MS
         due = at if at < due else due
     if due == NEVER:
-        due = now + limits.idle_timeout_ms
+        due = now + LOOK_AGAIN_MS
     conn_check_by(w, c, due)
 
 
-# === burial ===================================================================================================================
+# === burial =======================================================================================
+# ============================
 
 cdef void fail_sent(World* w, Conn* c, int cause) noexcept nogil:
     """Every request that we sent on `c` and that nobody will answer now."""
     cdef uint32_t cursor = 0
-    cdef Slot* slot = slot_each(&c.sent, &cursor)
+    cdef Slot* slot
+    while slot_order_pop(&c.sent) != NULL:
+        pass
+    slot = slot_each(&c.sent, &cursor)
     while slot != NULL:
         if slot.state == SLOT_IN_FLIGHT and slot.asker:
             fail(w, slot, cause)
             leave_flight(w, slot)
         else:
             timer_clear(&w.wheel, &slot.timer)
-        slot.order_next = NULL
-        slot_release(&c.sent, slot, MISS_UNKNOWN)
+        slot_release(&c.sent, slot, MISS_NONE)
         slot = slot_each(&c.sent, &cursor)
-    c.sent.order_head = NULL
-    c.sent.order_tail = NULL
 
 
 cdef void abandon_asked(World* w, Conn* c) noexcept nogil:
@@ -1289,7 +1346,8 @@ cdef void abandon_asked(World* w, Conn* c) noexcept nogil:
 
 
 cdef bint send_elsewhere(World* w, Entry* e, uint8_t tries) noexcept nogil:
-    """A frame of which no byte was written, to another connection. False = settle it as failed. Owns nothing: `e` stays the caller's if False."""
+    """A frame of which no byte was written, to another connection. False = settle it as failed.
+    Owns nothing: `e` stays the caller's if False."""
     cdef Slot* old = e.slot
     cdef Slot* slot
     cdef Conn* asker = NULL
@@ -1299,7 +1357,7 @@ cdef bint send_elsewhere(World* w, Entry* e, uint8_t tries) noexcept nogil:
     cdef uint8_t[64] state
     cdef uint8_t[32] scratch
     cdef Span[3] piece
-    cdef uint64_t due
+    cdef uint64_t due, client
     cdef FrameId id
     cdef int cause = CAUSE_NONE
     if e.link == NULL or tries > w.snapshot.limits.retries_max or w.stopping:
@@ -1311,12 +1369,13 @@ cdef bint send_elsewhere(World* w, Entry* e, uint8_t tries) noexcept nogil:
         asker = conn_of(w, old.asker)
         if asker == NULL:
             return False
-    up = pool_pick(w, k, e.link, conn_handle(e.link.client) if e.link.client != NULL else 0, &cause)
-    if up == NULL:
-        return False
     memset(state, 0, sizeof(state))
     if k.codec.scan(state, e.data, e.size, &w.snapshot.limits.codec, 0, &view) != PARSE_OK:
         return False     # the limit was lowered since
+    client = conn_handle(e.link.client) if e.link.client != NULL else 0
+    up = pool_pick(w, k, e.link, client, view.dialect, &cause)
+    if up == NULL:
+        return False
     memset(&id, 0, sizeof(id))
     if old != NULL:
         view.id = old.orig
@@ -1335,7 +1394,7 @@ cdef bint send_elsewhere(World* w, Entry* e, uint8_t tries) noexcept nogil:
         # the old slot ends without a word in the ledger: the request lives on in the new one
         old.entry = NULL
         leave_flight(w, old)
-        slot_release(&(<Conn*>old.table_owner).sent, old, MISS_UNKNOWN)
+        slot_release(&(<Conn*>old.table_owner).sent, old, MISS_NONE)
         e.slot = slot
     # view.id must be the id that the frame carries now, for the checksum's delta: scan it back
     k.codec.scan(state, e.data, e.size, &w.snapshot.limits.codec, 0, &view)
@@ -1343,13 +1402,15 @@ cdef bint send_elsewhere(World* w, Entry* e, uint8_t tries) noexcept nogil:
     e.tries = tries
     row_of(w.counters, e.row).c[REQUESTS + C_RETRIED] += 1
     row_of(w.counters, up.endpoint.row).c[C_SENT] += 1
-    up.last_client = conn_handle(e.link.client) if e.link.client != NULL else up.last_client
+    if client:
+        up.last_client = client
     queue_append(w, up, e)
     return True
 
 
 cdef void empty_queue(World* w, Conn* c, bint elsewhere) noexcept nogil:
-    """What was queued towards a dead connection: unwritten requests go elsewhere, the rest ends here, counted."""
+    """What was queued towards a dead connection: unwritten requests go elsewhere, the rest ends
+    here, counted."""
     cdef Entry* e = c.head
     cdef Entry* after
     c.head = NULL
@@ -1418,7 +1479,8 @@ cdef void bury_upstream(World* w, Conn* c) noexcept nogil:
     row_of(w.counters, c.row).c[C_CLOSED + c.close_reason] += 1
     client = conn_of(w, c.owner)
     if client != NULL and client.answer_open:
-        conn_doom(w, client, CLOSED_BY_PEER, 0)     # half an answer was forwarded: the rest will never come
+        # half an answer was forwarded: the rest will never come
+        conn_doom(w, client, CLOSED_BY_PEER, 0)
     empty_queue(w, c, True)
     in_flight = c.sent.used - c.sent.resting
     if in_flight and not never_came_up and not endpoint.gone:
@@ -1430,7 +1492,8 @@ cdef void bury_upstream(World* w, Conn* c) noexcept nogil:
 
 
 cdef void relay_bury(World* w) noexcept nogil:
-    """Bury until nobody is left: a burial may doom others (a client without memory for its error, a per-client upstream)."""
+    """Bury until nobody is left: a burial may doom others (a client without memory for its error, a
+    per-client upstream)."""
     cdef Conn* c
     while w.doomed != NULL:
         c = w.doomed
@@ -1444,7 +1507,8 @@ cdef void relay_bury(World* w) noexcept nogil:
 
 
 cdef void relay_abort(World* w) noexcept nogil:
-    """End of the grace period: every asker in flight gets its explicit answer now, later requests are refused the same way."""
+    """End of the grace period: every asker in flight gets its explicit answer now, later requests
+    are refused the same way."""
     cdef uint32_t i
     cdef Conn* c
     cdef Slot* slot
@@ -1459,3 +1523,5 @@ cdef void relay_abort(World* w) noexcept nogil:
             slot = c.asked
             fail(w, slot, CAUSE_UPSTREAM_LOST)
             end_in_flight(w, slot, MISS_LATE)
+        if c.role == ROLE_DOWNSTREAM and not c.lingering:
+            say_and_close(w, c, CLOSED_DRAINED)

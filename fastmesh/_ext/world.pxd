@@ -1,6 +1,8 @@
-"""One thread, one world: every struct that an engine thread owns. No code here, only what things are.
+"""One thread, one world: every struct that an engine thread owns. No code here, only what things
+are.
 
-A turn: wait -> read everything that is ready (bounded) -> parse -> decide -> queue -> timers -> bury the dead -> flush every
+A turn: wait -> read everything that is ready (bounded) -> parse -> decide -> queue -> timers ->
+bury the dead -> flush every
 destination once -> copy the counters if somebody asked. Who does what:
 
     conn.pyx    bytes in, bytes out: descriptors, read area, write queues, memory
@@ -8,8 +10,10 @@ destination once -> copy the counters if somebody asked. Who does what:
     relay.pyx   frames: route, slot, patch, queue, answer, expire, retry, hold back
     engine.pyx  the thread: epoll, commands, events, accepting; and the class that Python drives
 
-Calls go down that list only from bottom to top (engine -> relay -> pool -> conn). What must travel the other way travels as state: a
-connection that has to die is put on the doomed list, and relay buries it at one place in the turn, once.
+Calls go down that list only from bottom to top (engine -> relay -> pool -> conn). What must travel
+the other way travels as state: a
+connection that has to die is put on the doomed list, and relay buries it at one place in the turn,
+once.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -39,17 +43,21 @@ cdef enum:
     AREA_BYTES = 1 << 20        # read area of a turn; full = flush, then the rest of the ready list
     READ_BYTES = 1 << 17        # offered to one recv
     READ_BYTES_PER_TURN = 1 << 18   # one busy connection gets no more per turn
-    PART_IN_AREA_BYTES = 4096   # a shorter half frame is copied to the area, a longer one is completed where it lies
+    # a shorter half frame is copied to the area, a longer one is completed where it lies
+    PART_IN_AREA_BYTES = 4096
     EVENTS_PER_TURN = 512       # ready descriptors taken per wait
     TIMERS_PER_TURN = 1024
     ACCEPTS_PER_TURN = 64
     IOVECS = 64
     FLUSH_BYTES = 1 << 18       # handed to one send
-    COPY_BYTES = 1024           # frames up to this length are gathered by copying, longer ones by reference
+    # frames up to this length are gathered by copying, longer ones by reference
+    COPY_BYTES = 1024
     STAGE_BYTES = 1 << 16
     PAUSE_MS = 1000             # a client over its quota is held back this long at most
-    LINGER_MS = 1000            # after our last word to a client that is out of step, its bytes are thrown away this long
-    DRAIN_QUIET_MS = 200        # a draining client connection is closed when it owes nothing and was quiet this long
+    # after our last word to a client that is out of step, its bytes are thrown away this long
+    LINGER_MS = 1000
+    # a draining client connection is closed when it owes nothing and was quiet this long
+    DRAIN_QUIET_MS = 200
     IDS = 1 << 16               # ids of listeners, clusters and endpoints are below this
     PARKED_MAX = 1024           # frames awaiting a verdict, per thread
 
@@ -70,9 +78,11 @@ cdef enum Hold:                 # why a connection is not read (bits)
     HOLD_SLOW_READER = 2        # it does not read its answers
     HOLD_PARKED = 4             # a frame of it waits for a verdict: order is kept by not reading on
     HOLD_PUNT = 8               # the event ring was full for a frame of it
-    HOLD_EOF = 16               # it said its last word; what it asked is still answered (half-close)
+    # it said its last word; what it asked is still answered (half-close)
+    HOLD_EOF = 16
     HOLD_SHORTAGE = 64          # a listener that found no descriptor or no memory
-    HOLD_ORDER = 32             # answers by order: the next request waits until this one is answered
+    # answers by order: the next request waits until this one is answered
+    HOLD_ORDER = 32
 
 cdef enum Flow:
     FLOW_OPEN = 0
@@ -87,7 +97,8 @@ cdef enum EntryKind:
     ENTRY_PART = 4              # a middle or last part of a frame that is streamed
 
 cdef enum TimerKind:
-    TIMER_CONN = 0              # owner Conn: idle, first byte, half frame, pause, drain, connect, heartbeat, accept again
+    # owner Conn: idle, first byte, half frame, pause, drain, connect, heartbeat, accept again
+    TIMER_CONN = 0
     TIMER_SLOT = 1              # owner Slot: deadline or end of rest
     TIMER_ENDPOINT = 2          # owner Endpoint: reconnect, end of ejection
     TIMER_PARKED = 3            # owner Parked: deadline of a frame that waits for a verdict
@@ -99,7 +110,8 @@ cdef struct Budget:             # all buffers of one thread
     uint64_t fail_at            # test hook: the k-th allocation from now fails, 0 = none
 
 cdef struct Io:
-    # A connection's I/O is these four: TLS, or a simulated network, is another set. recv and send return bytes, 0 (recv: end of
+    # A connection's I/O is these four: TLS, or a simulated network, is another set. recv and send
+    # return bytes, 0 (recv: end of
     # stream), or -errno; EAGAIN means "would block".
     int64_t (*recv)(Conn* conn, iovec* iov, int count) noexcept nogil
     int64_t (*send)(Conn* conn, iovec* iov, int count) noexcept nogil
@@ -111,10 +123,12 @@ cdef struct Entry:              # one frame in a write queue
     uint8_t* data
     uint32_t size
     uint32_t written
-    uint32_t room               # bytes allocated at `data`; 0 = it lies in the read area and must leave or be spilled this turn
+    # bytes allocated at `data`; 0 = it lies in the read area and must leave or be spilled this turn
+    uint32_t room
     uint8_t kind                # EntryKind
     uint8_t block               # REQUESTS or PUSHES, for the ledger of one-way frames
-    uint8_t begun               # a byte of it was written: it can neither be withdrawn nor sent elsewhere
+    # a byte of it was written: it can neither be withdrawn nor sent elsewhere
+    uint8_t begun
     uint8_t dropped             # withdrawn before its first byte was written: skipped by the flush
     uint8_t tries
     uint32_t row
@@ -122,7 +136,8 @@ cdef struct Entry:              # one frame in a write queue
     Link* link                  # whose quota it uses, or NULL
     uint64_t received_ns        # 0 = no hop to measure
 
-cdef struct Link:               # one client connection's use of one cluster; outlives the client while entries point at it
+# one client connection's use of one cluster; outlives the client while entries point at it
+cdef struct Link:
     Link* next
     Conn* client                # NULL once the client has gone
     uint64_t upstream           # BIND_PER_CLIENT: handle of its own upstream connection
@@ -160,12 +175,14 @@ cdef struct Conn:
     Conn* dirty_next            # write list of the turn; a conn is on it exactly when `dirty`
     Conn* doomed_next
     uint8_t dirty
-    uint8_t blocked             # the kernel took less than offered: nothing is tried before EPOLLOUT
+    # the kernel took less than offered: nothing is tried before EPOLLOUT
+    uint8_t blocked
     uint8_t spoke               # a byte was ever received
     uint8_t lingering           # told why it ends: what it still sends is thrown away
     uint8_t cut_through         # parts are forwarded as they come
     uint8_t heartbeat_open      # ours awaits its acknowledgement
-    uint8_t part_ready          # the half frame's buffer may hold whole frames: reading was held between two of them
+    # the half frame's buffer may hold whole frames: reading was held between two of them
+    uint8_t part_ready
     uint8_t resuming            # on the resume list
     Conn* resume_next
     # half frame: bytes of a frame begun and not finished; NULL on an idle connection
@@ -200,13 +217,16 @@ cdef struct Conn:
     uint64_t heartbeat_ms       # when ours was sent
     uint64_t last_client        # handle of the client that used it last
     uint64_t owner              # BIND_PER_CLIENT: its client
+    uint8_t dialect             # of its first frame: some peers answer everything in that; DIALECT_NONE before
     uint8_t counted             # Endpoint.up counts it
     # streamed frames (VIEW_PARTS, 1:1 bindings)
-    uint64_t stream_to          # handle that the parts of the frame being received go to, 0 = discard
+    # handle that the parts of the frame being received go to, 0 = discard
+    uint64_t stream_to
     uint8_t streaming           # between FIRST and LAST
     uint8_t stream_block
     uint32_t stream_row
-    uint8_t answer_open         # part of an answer was forwarded to this client and its LAST was not
+    # part of an answer was forwarded to this client and its LAST was not
+    uint8_t answer_open
 
 cdef struct Endpoint:
     uint32_t id
@@ -262,7 +282,8 @@ cdef struct World:
     World* worlds               # all of them, for handing accepted connections over
     const SnapshotData* snapshot
     uint64_t version            # of `snapshot`, read by Python
-    # by the stable ids that Python hands out (all < IDS); calloc'ed, so pages that nobody uses cost nothing
+    # by the stable ids that Python hands out (all < IDS); calloc'ed, so pages that nobody uses cost
+    # nothing
     const ListenerRoutes** listener_of
     Cluster** cluster_of
     Endpoint** endpoint_of
@@ -283,7 +304,8 @@ cdef struct World:
     Conn* dirty
     Conn* doomed
     Conn* resume                # held connections that may go on with what they have buffered
-    uint8_t* block              # memory of its own that the frame being handled lies in; NULL = the read area
+    # memory of its own that the frame being handled lies in; NULL = the read area
+    uint8_t* block
     uint32_t block_room
     Entry* free_entries
     uint32_t free_entries_count
@@ -313,13 +335,15 @@ cdef struct World:
     uint16_t first_generation
     uint64_t random
     uint64_t spin_ns
-    uint64_t gap_ns             # smoothed time between two wake-ups: spinning pays only while it is short
+    # smoothed time between two wake-ups: spinning pays only while it is short
+    uint64_t gap_ns
     uint64_t busy_ns            # when the last turn with events ended
     # watchdog: read and written with atomics
     uint64_t turn               # the turn that runs ...
     uint64_t awake              # ... 1 between wait and wait
     uint64_t seen_turn          # watchdog's own
     uint64_t stuck_ticks        # ... of 100 ms in which the same turn ran
+    uint64_t stalls             # turns that ran for a tick or longer
     uint64_t stalled_ms         # longest stall not yet told to Python
     uint64_t pthread
     # dumps for the admin pages
@@ -368,7 +392,8 @@ cdef enum CommandKind:
     COMMAND_STOP = 6
     COMMAND_SEND = 7            # a = handle, payload = bytes
     COMMAND_CLOSE = 8           # a = handle
-    COMMAND_VERDICT = 9         # a = ticket, b = cluster id; c = 0 refuse, 1 its own cluster, 2 cluster b
+    # a = ticket, b = cluster id; c = 0 refuse, 1 its own cluster, 2 cluster b
+    COMMAND_VERDICT = 9
     COMMAND_DUMP = 10
     COMMAND_STALL = 11          # test hook: a = ms
     COMMAND_FAIL_ALLOC = 12     # test hook: a = k

@@ -1,0 +1,66 @@
+/* What an engine thread needs of the C library that is shorter said in C. */
+#ifndef FASTMESH_THREAD_H
+#define FASTMESH_THREAD_H
+#include <execinfo.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+int accept4(int fd, struct sockaddr *address, socklen_t *size, int flags);
+
+static int fm_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC); }
+
+static void fm_nodelay(int fd) {
+    int one = 1;   /* fails on a UNIX socket, where there is nothing to delay */
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+}
+
+static uint32_t fm_peer(int fd, uint8_t *room) {
+    socklen_t size = 128;
+    if (getpeername(fd, (struct sockaddr *)room, &size) != 0 || size > 128) return 0;
+    return (uint32_t)size;
+}
+
+/* Engine threads take no signals: those belong to the main thread. SIGABRT stays open, because the
+ * watchdog
+ * makes a stuck thread print its own stack that way. */
+static uint64_t fm_enter_thread(void) {
+    sigset_t all;
+    sigfillset(&all);
+    sigdelset(&all, SIGABRT);
+    pthread_sigmask(SIG_SETMASK, &all, NULL);
+    return (uint64_t)pthread_self();
+}
+
+static void fm_on_abort(int sig) {
+    void *frames[64];
+    static const char head[] =
+        "fastmesh: an engine thread was stuck in one turn for 5 s; its stack:\n";
+    ssize_t ignored = write(2, head, sizeof head - 1);
+    (void)ignored;
+    backtrace_symbols_fd(frames, backtrace(frames, 64), 2);
+    signal(SIGABRT, SIG_DFL);
+    raise(sig);
+}
+
+static void fm_abort_thread(uint64_t thread) {
+    void *warm[1];
+    (void)backtrace(warm, 1);   /* loads what it needs outside the handler */
+    signal(SIGABRT, fm_on_abort);
+    pthread_kill((pthread_t)thread, SIGABRT);
+    sleep(2);
+    abort();
+}
+
+static void fm_nap_ms(uint64_t ms) {
+    struct timespec ts = { (time_t)(ms / 1000), (long)(ms % 1000) * 1000000L };
+    nanosleep(&ts, NULL);
+}
+#endif
