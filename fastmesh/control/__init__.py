@@ -1,0 +1,2 @@
+"""What the data plane is told: names resolved, sockets bound, the configuration compiled into a
+snapshot."""
