@@ -536,13 +536,16 @@ cdef void spill(World* w, Conn* c) noexcept nogil:
         conn_doom(w, c, CLOSED_MEMORY, 0)
 
 
-cdef uint32_t gather(World* w, Conn* c, iovec* iov, int* count, uint32_t* stage_used) noexcept nogil:
-    """Describe the front of the queue in at most IOVECS pieces: neighbours become one, small ones
-    are copied together."""
+cdef uint32_t gather(World* w, Conn* c, iovec* iov, int* count) noexcept nogil:
+    """Describe the front of the queue in at most IOVECS pieces; returns its bytes.
+
+    Frames that lie side by side are one piece as they are. Short pieces are copied together, because
+    a piece costs the kernel more than copying a few hundred bytes costs us.
+    """
     cdef Entry* e
     cdef Entry* after
     cdef uint8_t* at
-    cdef uint32_t size, total = 0
+    cdef uint32_t size, stage_used = 0, total = 0
     cdef int n = 0
     # withdrawn frames at the front go first, so that the head is always one that will be sent
     while c.head != NULL and c.head.dropped:
@@ -558,25 +561,24 @@ cdef uint32_t gather(World* w, Conn* c, iovec* iov, int* count, uint32_t* stage_
             continue
         at = e.data + e.written
         size = e.size - e.written
-        if n > 0 and <uint8_t*>iov[n - 1].iov_base + iov[n - 1].iov_len == at:
-            iov[n - 1].iov_len += size
-        else:
-            if size <= COPY_BYTES and e.next != NULL and stage_used[0] + size <= STAGE_BYTES:
-                memcpy(w.stage + stage_used[0], at, size)
-                at = w.stage + stage_used[0]
-                stage_used[0] += size
-                if n > 0 and <uint8_t*>iov[n - 1].iov_base + iov[n - 1].iov_len == at:
-                    iov[n - 1].iov_len += size
-                    total += size
-                    e = e.next
-                    continue
-            if n == IOVECS:
-                break
-            iov[n].iov_base = at
-            iov[n].iov_len = size
-            n += 1
-        total += size
         e = e.next
+        while e != NULL and e.data == at + size and not e.dropped and total + size < FLUSH_BYTES:
+            size += e.size
+            e = e.next
+        if size <= COPY_BYTES and (n or e != NULL) and stage_used + size <= STAGE_BYTES:
+            memcpy(w.stage + stage_used, at, size)
+            at = w.stage + stage_used
+            stage_used += size
+            if n and <uint8_t*>iov[n - 1].iov_base + iov[n - 1].iov_len == at:
+                iov[n - 1].iov_len += size
+                total += size
+                continue
+        if n == IOVECS:
+            break
+        iov[n].iov_base = at
+        iov[n].iov_len = size
+        n += 1
+        total += size
     count[0] = n
     return total
 
@@ -611,15 +613,14 @@ cdef int flush_one(World* w, Conn* c) noexcept nogil:
     cdef iovec[64] iov
     cdef int count = 0
     cdef int rounds = 0
-    cdef uint32_t total, stage_used = 0
+    cdef uint32_t total
     cdef int64_t sent
     cdef uint64_t cap
     if c.state == CONN_DOOMED:
         return 0
     if c.state != CONN_CONNECTING and not c.blocked:
         while True:
-            stage_used = 0
-            total = gather(w, c, iov, &count, &stage_used)
+            total = gather(w, c, iov, &count)
             if count == 0:
                 break
             if rounds == FLUSHES_PER_TURN:

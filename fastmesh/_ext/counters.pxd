@@ -16,6 +16,9 @@ the others.
 
 from libc.stdint cimport uint32_t, uint64_t
 
+cdef extern from *:
+    int leading_zeros "__builtin_clzll"(unsigned long long n) nogil
+
 cdef enum:
     ROWS_MAX = 4096
     ROW_PROCESS = 0
@@ -129,10 +132,30 @@ cdef Counters* counters_new() noexcept nogil
 cdef void counters_free(Counters* counters) noexcept nogil
 # Engine thread, end of a turn: if asked != copied, copy everything and then publish `copied`.
 cdef void counters_copy(Counters* counters) noexcept nogil
-cdef uint32_t histogram_index(uint64_t ns) noexcept nogil
+# Inline, because every frame is counted twice.
+cdef inline uint32_t histogram_index(uint64_t ns) noexcept nogil:
+    # 0..15 exactly, then 16 buckets for every power of two.
+    cdef int octave
+    if ns < 16:
+        return <uint32_t>ns
+    if ns >= <uint64_t>1 << 40:
+        return HISTOGRAM_BUCKETS - 1
+    octave = 63 - leading_zeros(ns)
+    return <uint32_t>(((octave - 3) << 4) + <int>((ns >> (octave - 4)) & 15))
+
+cdef inline uint32_t latency_index(uint64_t ns) noexcept nogil:
+    # 0..3 us exactly, then 4 buckets for every power of two.
+    cdef uint64_t us = ns // 1000
+    cdef int octave
+    if us < 4:
+        return <uint32_t>us
+    if us >= <uint64_t>1 << 27:
+        return LATENCY_BUCKETS - 1
+    octave = 63 - leading_zeros(us)
+    return <uint32_t>(((octave - 1) << 2) + <int>((us >> (octave - 2)) & 3))
+
 # exclusive upper bound of the bucket
 cdef uint64_t histogram_bound_ns(uint32_t index) noexcept nogil
-cdef uint32_t latency_index(uint64_t ns) noexcept nogil
 cdef uint64_t latency_bound_ns(uint32_t index) noexcept nogil
 
 cdef inline void hop_record(Counters* counters, int hop, uint64_t ns) noexcept nogil:

@@ -31,8 +31,6 @@ cdef extern from "atomics.h" nogil:
     void fm_store(uint64_t* at, uint64_t value)
     uint64_t fm_add(uint64_t* at, uint64_t value)
 
-cdef extern from *:
-    int leading_zeros "__builtin_clzll"(uint64_t word) noexcept nogil
 
 
 cdef Counters* allocate() noexcept nogil:
@@ -85,35 +83,12 @@ cdef void counters_copy(Counters* counters) noexcept nogil:
     fm_store(&counters.copied, asked)
 
 
-cdef uint32_t histogram_index(uint64_t ns) noexcept nogil:
-    # 0..15 exactly, then 16 buckets for every power of two.
-    cdef int octave
-    if ns < 16:
-        return <uint32_t>ns
-    if ns >= <uint64_t>1 << 40:
-        return HISTOGRAM_BUCKETS - 1
-    octave = 63 - leading_zeros(ns)
-    return <uint32_t>(((octave - 3) << 4) + <int>((ns >> (octave - 4)) & 15))
-
-
 cdef uint64_t histogram_bound_ns(uint32_t index) noexcept nogil:
     cdef uint32_t octave
     if index < 16:
         return index + 1
     octave = (index >> 4) + 3
     return <uint64_t>((index & 15) + 17) << (octave - 4)
-
-
-cdef uint32_t latency_index(uint64_t ns) noexcept nogil:
-    # 0..3 us exactly, then 4 buckets for every power of two.
-    cdef uint64_t us = ns // 1000
-    cdef int octave
-    if us < 4:
-        return <uint32_t>us
-    if us >= <uint64_t>1 << 27:
-        return LATENCY_BUCKETS - 1
-    octave = 63 - leading_zeros(us)
-    return <uint32_t>(((octave - 1) << 2) + <int>((us >> (octave - 2)) & 3))
 
 
 cdef uint64_t latency_bound_ns(uint32_t index) noexcept nogil:

@@ -473,6 +473,8 @@ cdef Endpoint* choose(World* w, Cluster* k) noexcept nogil:
         recompute(w, k)
     if k.total == 0:
         return NULL
+    if k.endpoints_count == 1:
+        return k.endpoints[0]
     a = roll(w, k)
     b = roll(w, k)
     if a != b and <uint64_t>b.in_flight * a.effective < <uint64_t>a.in_flight * b.effective:
