@@ -9,7 +9,7 @@ where the fd is closed.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from .world cimport Conn, Entry, Io, Link, World, iovec
+from .world cimport CONN_DOOMED, Conn, Entry, Io, Link, World, iovec
 
 # memory: every buffer of a thread is taken and given back here, so that memory_bytes_max counts
 # them all
@@ -29,8 +29,19 @@ cdef int event_push(World* w, uint32_t kind, uint64_t a, uint64_t b, uint64_t c,
 # owns fd from here on; NULL = no memory (fd still the caller's)
 cdef Conn* conn_new(World* w, int fd, int role) noexcept nogil
 # NULL = stale (or 0), and doomed ones count as stale
-cdef Conn* conn_of(World* w, uint64_t handle) noexcept nogil
-cdef uint64_t conn_handle(const Conn* c) noexcept nogil
+cdef inline Conn* conn_of(World* w, uint64_t handle) noexcept nogil:
+    cdef uint32_t index = <uint32_t>handle
+    cdef Conn* c
+    if handle == 0 or index >= w.conns_high:
+        return NULL
+    c = w.conns[index]
+    if c == NULL or c.generation != <uint32_t>(handle >> 32) or c.state == CONN_DOOMED:
+        return NULL
+    return c
+
+cdef inline uint64_t conn_handle(const Conn* c) noexcept nogil:
+    return (<uint64_t>c.generation << 32) | c.index
+
 cdef void conn_doom(World* w, Conn* c, int reason, int error) noexcept nogil
 cdef void conn_free(World* w, Conn* c) noexcept nogil
 cdef int conn_arm(World* w, Conn* c, uint32_t events) noexcept nogil
@@ -40,17 +51,32 @@ cdef void conn_release(World* w, Conn* c, int why) noexcept nogil
 # its timer fires no later than that
 cdef void conn_check_by(World* w, Conn* c, uint64_t at_ms) noexcept nogil
 
+cdef inline void conn_dirty(World* w, Conn* c) noexcept nogil:
+    if not c.dirty:
+        c.dirty = 1
+        c.dirty_next = w.dirty
+        w.dirty = c
+
+
 # out: a frame joins the queue of its destination and leaves with the flush at the end of the turn
 cdef Entry* queue_frame(World* w, Conn* c, uint8_t* data, uint32_t size, uint32_t room, int kind) noexcept nogil
 # an entry that left another queue
-cdef void queue_append(World* w, Conn* c, Entry* e) noexcept nogil
+cdef inline void queue_append(World* w, Conn* c, Entry* e) noexcept nogil:
+    e.next = NULL
+    if c.tail != NULL:
+        c.tail.next = e
+    else:
+        c.head = e
+    c.tail = e
+    c.queued_bytes += e.size
+    conn_dirty(w, c)
+
 cdef Entry* queue_own(World* w, Conn* c, const uint8_t* data, uint32_t size) noexcept nogil
 cdef void entry_free(World* w, Entry* e) noexcept nogil
 # withdraw: no byte of it was written, none will be
 cdef void entry_drop(World* w, Conn* c, Entry* e) noexcept nogil
 # room until the end of the turn, NULL = area full
 cdef uint8_t* area_take(World* w, uint32_t size) noexcept nogil
-cdef void conn_dirty(World* w, Conn* c) noexcept nogil
 cdef int flush_one(World* w, Conn* c) noexcept nogil
 cdef void flush_all(World* w) noexcept nogil
 

@@ -47,7 +47,6 @@ from .world cimport (
     TIMER_CONN,
     Conn,
     Entry,
-    Io,
     Link,
     World,
     iovec,
@@ -198,20 +197,6 @@ cdef int event_push(World* w, uint32_t kind, uint64_t a, uint64_t b, uint64_t c,
 
 # === life =========================================================================================
 # ============================
-
-cdef uint64_t conn_handle(const Conn* c) noexcept nogil:
-    return (<uint64_t>c.generation << 32) | c.index
-
-
-cdef Conn* conn_of(World* w, uint64_t handle) noexcept nogil:
-    cdef uint32_t index = <uint32_t>handle
-    cdef Conn* c
-    if handle == 0 or index >= w.conns_high:
-        return NULL
-    c = w.conns[index]
-    if c == NULL or c.generation != <uint32_t>(handle >> 32) or c.state == CONN_DOOMED:
-        return NULL
-    return c
 
 
 cdef int grow_conns(World* w) noexcept nogil:
@@ -393,12 +378,6 @@ cdef void conn_free(World* w, Conn* c) noexcept nogil:
 # === out ==========================================================================================
 # ============================
 
-cdef void conn_dirty(World* w, Conn* c) noexcept nogil:
-    if not c.dirty:
-        c.dirty = 1
-        c.dirty_next = w.dirty
-        w.dirty = c
-
 
 cdef Entry* queue_frame(World* w, Conn* c, uint8_t* data, uint32_t size, uint32_t room, int kind) noexcept nogil:
     """Append a frame; with `room` the queue owns the block at `data`. NULL = no memory (the block
@@ -418,17 +397,6 @@ cdef Entry* queue_frame(World* w, Conn* c, uint8_t* data, uint32_t size, uint32_
     e.kind = <uint8_t>kind
     queue_append(w, c, e)
     return e
-
-
-cdef void queue_append(World* w, Conn* c, Entry* e) noexcept nogil:
-    e.next = NULL
-    if c.tail != NULL:
-        c.tail.next = e
-    else:
-        c.head = e
-    c.tail = e
-    c.queued_bytes += e.size
-    conn_dirty(w, c)
 
 
 cdef Entry* queue_own(World* w, Conn* c, const uint8_t* data, uint32_t size) noexcept nogil:

@@ -28,7 +28,7 @@ cdef enum:  # Block # offset of a direction's block in Row.c
     REQUESTS = 0             # client -> upstream
     PUSHES = 16              # upstream -> client
 
-cdef enum:  # InBlock 
+cdef enum:  # InBlock
     C_ACCEPTED = 0
     C_ANSWERED = 1
     C_EXPIRED = 2
@@ -101,7 +101,7 @@ cdef enum:  # InProcess # Counters.p: what belongs to no row
     P_SAMPLES = 42
     PROCESS_COUNTERS = 64
 
-cdef enum:  # Hop 
+cdef enum:  # Hop
     HOP_MESH = 0             # read -> handed to the kernel, both directions
     HOP_UPSTREAM = 1         # request handed to the kernel -> answer read
     # waiting in a write queue, frames that did not leave in the turn they came in

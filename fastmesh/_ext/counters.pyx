@@ -32,7 +32,6 @@ cdef extern from "atomics.h" nogil:
     uint64_t fm_add(uint64_t* at, uint64_t value)
 
 
-
 cdef Counters* allocate() noexcept nogil:
     cdef Counters* counters = <Counters*>calloc(1, sizeof(Counters))
     cdef void* rows

@@ -19,13 +19,13 @@ EVENT_KINDS: tuple[str, ...]
     snapshot        a=version                              the thread works with this snapshot from
     now on
     endpoint_up     a=endpoint_id, b=connections up
-    endpoint_down   a=endpoint_id, b=connections left up, c=errno or 0, data=one byte, the close reason
+    endpoint_down   a=endpoint_id, b=connections left up, c=errno or 0, data=one byte, the reason
     ejected         a=endpoint_id, b=for ms
     restored        a=endpoint_id
     closed          a=handle, b=listener_id, c=close reason number, data=peer address, space, first
     bytes in hex;
                     only for abnormal ends and at most 10 a second and reason
-    refused         a=listener_id, b=connections open, c=0 over connections_max, 1 too little memory left
+    refused         a=listener_id, b=connections open, c=0 connections_max, 1 memory_bytes_max
     accept_paused   a=listener_id, b=errno                 no fd or no memory; accepting again by
     itself
     parked          a=ticket, b=route row, data=frame      verdict() decides

@@ -3,15 +3,14 @@
 
 import os
 import socket
-import struct
 import threading
 from typing import NamedTuple
 
-from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, errno
+from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOMEM, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
-from .bytes cimport memcmp, memcpy, memset
+from .bytes cimport memcmp, memset
 from .conn cimport (
     conn_arm,
     conn_check_by,
@@ -36,7 +35,7 @@ from .counters cimport (
     C_REFUSED,
     CLOSED_BY_COMMAND,
     CLOSED_BY_PEER,
-    CLOSED_DRAINED,
+    CLOSED_MEMORY,
     P_ACCEPT_PAUSES,
     P_CONNECTIONS,
     P_SPINS,
@@ -68,7 +67,7 @@ from .relay cimport (
 from .ring cimport Record, record_payload, ring_peek, ring_pop, ring_push, ring_start, ring_stop
 from .route cimport BIND_PER_CLIENT, ListenerRoutes, Snapshot, SnapshotData
 from .slots cimport Slot, slots_start
-from .timers cimport Timer, timer_set, wheel_due, wheel_sleep_ms, wheel_start
+from .timers cimport Timer, wheel_due, wheel_sleep_ms, wheel_start
 from .world cimport (
     ACCEPTS_PER_TURN,
     AREA_BYTES,
@@ -105,7 +104,6 @@ from .world cimport (
     STAGE_BYTES,
     TIMER_CONN,
     TIMER_ENDPOINT,
-    TIMER_PARKED,
     TIMER_SLOT,
     TIMERS_PER_TURN,
     Bucket,
@@ -148,8 +146,10 @@ cdef extern from "<fcntl.h>" nogil:
     int O_CLOEXEC
 
 cdef extern from "thread.h":
+    void set_errno "fm_set_errno"(int error) nogil
     int fm_accept(int fd) nogil
     void fm_nodelay(int fd) nogil
+    void fm_plain_congestion_of_listener(int fd) nogil
     uint32_t fm_peer(int fd, uint8_t* room) nogil
     uint64_t fm_enter_thread() nogil
     void fm_abort_thread(uint64_t thread) nogil
@@ -193,11 +193,11 @@ cdef int world_start(World* w) noexcept nogil:
     w.endpoint_of = <Endpoint**>calloc(IDS, sizeof(void*))
     if w.counters == NULL or w.area == NULL or w.stage == NULL or w.buckets == NULL or w.listener_of == NULL or \
             w.cluster_of == NULL or w.endpoint_of == NULL:
-        errno_is_nomem()
+        set_errno(ENOMEM)
         return -1
     if ring_start(&w.commands, RING_BYTES) != 0 or ring_start(&w.events, RING_BYTES) != 0 or \
             ring_start(&w.inbox, INBOX_BYTES) != 0:
-        errno_is_nomem()
+        set_errno(ENOMEM)
         return -1
     w.epfd = epoll_create1(EPOLL_CLOEXEC)
     w.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
@@ -206,15 +206,10 @@ cdef int world_start(World* w) noexcept nogil:
         return -1
     wake = conn_new(w, w.wake_fd, ROLE_WAKE)
     if wake == NULL:
-        errno_is_nomem()
+        set_errno(ENOMEM)
         return -1
     wake.state = CONN_OPEN
     return conn_arm(w, wake, EPOLLIN)
-
-
-cdef void errno_is_nomem() noexcept nogil:
-    global errno
-    errno = ENOMEM
 
 
 cdef void world_free(World* w) noexcept nogil:
@@ -341,12 +336,12 @@ cdef World* least_loaded(World* w, uint32_t* total) noexcept nogil:
 
 
 cdef void accept_some(World* w, Conn* listener) noexcept nogil:
-    cdef int i, fd, spare
+    cdef int _i, fd, spare
     cdef uint32_t total = 0
     cdef bint short_of_memory
     cdef World* to
     cdef uint64_t* row = row_of(w.counters, listener.row).c
-    for i in range(ACCEPTS_PER_TURN):
+    for _i in range(ACCEPTS_PER_TURN):
         fd = fm_accept(listener.fd)
         if fd < 0:
             if errno == EAGAIN:
@@ -396,6 +391,7 @@ cdef void listen_on(World* w, uint32_t id, int fd) noexcept nogil:
         close(fd)
         event_push(w, EVENT_ACCEPT_PAUSED, id, ENOMEM, 0, NULL, 0)
         return
+    fm_plain_congestion_of_listener(fd)
     c.state = CONN_OPEN
     c.listener = id
     if w.listener_of[id] != NULL:
@@ -554,10 +550,10 @@ cdef void on_ready(World* w, uint64_t handle, uint32_t events) noexcept nogil:
 
 
 cdef void run_timers(World* w) noexcept nogil:
-    cdef int i
+    cdef int _i
     cdef Timer* t
     cdef Conn* c
-    for i in range(TIMERS_PER_TURN):
+    for _i in range(TIMERS_PER_TURN):
         t = wheel_due(&w.wheel, w.now_ms)
         if t == NULL:
             return
@@ -595,7 +591,7 @@ cdef void relieve(World* w) noexcept nogil:
                 most = holds
                 largest = c
     if largest != NULL:
-        conn_doom(w, largest, 6, 0)
+        conn_doom(w, largest, CLOSED_MEMORY, 0)
 
 
 cdef int wait_ready(World* w, epoll_event* events) noexcept nogil:
@@ -717,11 +713,14 @@ class Event(NamedTuple):
 
 
 EVENT_KINDS = (
-    "", "snapshot", "endpoint_up", "endpoint_down", "ejected", "restored", "closed", "refused", "accept_paused", "parked",
-    "sample", "stall", "drained", "stopped",
+    "", "snapshot", "endpoint_up", "endpoint_down", "ejected", "restored", "closed", "refused",
+    "accept_paused", "parked", "sample", "stall", "drained", "stopped",
 )
 STATES = ("connecting", "open", "draining", "closing")
-HOLDS = ((1, "quota"), (2, "slow_reader"), (4, "parked"), (8, "events"), (16, "half_closed"), (32, "order"), (64, "shortage"))
+HOLDS = (
+    (1, "quota"), (2, "slow_reader"), (4, "parked"), (8, "events"), (16, "half_closed"),
+    (32, "order"), (64, "shortage"),
+)
 
 
 def address_text(raw: bytes) -> str:
@@ -842,10 +841,10 @@ cdef class Engine:
 
     def publish(self, Snapshot snapshot not None):
         cdef uint32_t i
-        cdef uint64_t oldest
         if snapshot.data == NULL:
             raise ValueError("snapshot: it is not sealed")
-        if self._snapshots and snapshot.data.version <= (<Snapshot>self._snapshots[len(self._snapshots) - 1]).data.version:
+        newest = <Snapshot>self._snapshots[len(self._snapshots) - 1] if self._snapshots else None
+        if newest is not None and snapshot.version <= newest.version:
             raise ValueError(f"snapshot: version {snapshot.data.version} is not above the one before")
         self._snapshots.append(snapshot)
         for i in range(self.count):
@@ -917,7 +916,8 @@ cdef class Engine:
     def verdict(self, uint64_t ticket, cluster_id):
         """Tickets carry their thread."""
         what = 0 if cluster_id is None else 1 if cluster_id == -1 else 2
-        self.command(<uint32_t>(ticket % self.count), COMMAND_VERDICT, ticket, cluster_id if what == 2 else 0, what, b"")
+        cluster = cluster_id if what == 2 else 0
+        self.command(<uint32_t>(ticket % self.count), COMMAND_VERDICT, ticket, cluster, what, b"")
 
     def events(self, int most=4096):
         cdef uint32_t i

@@ -2,7 +2,7 @@
 """Endpoints and the connections to them (contract: pool.pxd)."""
 
 from libc.errno cimport EINPROGRESS, ENOMEM, ETIMEDOUT, errno
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from .bytes cimport memcmp, memcpy, memset
 from .conn cimport (
@@ -72,6 +72,9 @@ cdef extern from "<sys/socket.h>" nogil:
     int SOCK_CLOEXEC
     int SOL_SOCKET
     int SO_ERROR
+
+cdef extern from "thread.h" nogil:
+    void fm_plain_congestion(int fd, const void* address)
 
 cdef extern from "<netinet/in.h>" nogil:
     int IPPROTO_TCP
@@ -284,6 +287,7 @@ cdef Conn* pool_connect(World* w, Endpoint* e, uint64_t owner) noexcept nogil:
     if fd < 0:
         connect_failed(w, e, errno)
         return NULL
+    fm_plain_congestion(fd, address)
     if address.sa_family != AF_UNIX:
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
     if connect(fd, address, e.address_size) != 0 and errno != EINPROGRESS:

@@ -17,6 +17,7 @@ free list.
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from .debug cimport FM_DEBUG, holds
 from .frame cimport FrameId
 from .timers cimport Timer
 
@@ -80,7 +81,9 @@ cdef size_t slots_stop(SlotTable* table) noexcept nogil
 # A free slot, IN_FLIGHT, its fields cleared; NULL = full, or no memory for a page. *grew gets bytes
 # allocated (0 usually).
 cdef Slot* slot_take(SlotTable* table, size_t* grew) noexcept nogil
-cdef uint32_t slot_id(const Slot* slot) noexcept nogil
+cdef inline uint32_t slot_id(const Slot* slot) noexcept nogil:
+    return <uint32_t>slot.generation << 16 | slot.index
+
 # The occupied (in flight or resting) slot of that id, or NULL and why in *miss.
 # A RESTING slot is returned with *miss = its rest_cause: the caller counts and releases it.
 cdef Slot* slot_find(SlotTable* table, uint32_t id, int* miss) noexcept nogil
@@ -94,8 +97,24 @@ cdef void slot_release(SlotTable* table, Slot* slot, int cause) noexcept nogil
 # Walks the occupied slots: start with *cursor = 0; NULL at the end. Releasing the returned slot is
 # allowed.
 cdef Slot* slot_each(SlotTable* table, uint32_t* cursor) noexcept nogil
-cdef void slot_link(Slot** head, Slot* slot) noexcept nogil
-cdef void slot_unlink(Slot* slot) noexcept nogil
+cdef inline void slot_link(Slot** head, Slot* slot) noexcept nogil:
+    if FM_DEBUG:
+        holds(slot.asker_link == NULL)
+    slot.asker_next = head[0]
+    if slot.asker_next != NULL:
+        slot.asker_next.asker_link = &slot.asker_next
+    slot.asker_link = head
+    head[0] = slot
+
+cdef inline void slot_unlink(Slot* slot) noexcept nogil:
+    if slot.asker_link == NULL:
+        return
+    slot.asker_link[0] = slot.asker_next
+    if slot.asker_next != NULL:
+        slot.asker_next.asker_link = slot.asker_link
+    slot.asker_next = NULL
+    slot.asker_link = NULL
+
 # Answers by order: push when the request is queued, pop when an answer comes. Resting slots keep
 # their place; NULL = nothing asked.
 cdef void slot_order_push(SlotTable* table, Slot* slot) noexcept nogil

@@ -117,10 +117,6 @@ cdef Slot* slot_take(SlotTable* table, size_t* grew) noexcept nogil:
     return slot
 
 
-cdef uint32_t slot_id(const Slot* slot) noexcept nogil:
-    return <uint32_t>slot.generation << 16 | slot.index
-
-
 cdef Slot* slot_find(SlotTable* table, uint32_t id, int* miss) noexcept nogil:
     cdef uint32_t index = id & 0xffff
     cdef uint32_t generation = id >> 16
@@ -179,26 +175,6 @@ cdef Slot* slot_each(SlotTable* table, uint32_t* cursor) noexcept nogil:
         if slot.state != SLOT_FREE:
             return slot
     return NULL
-
-
-cdef void slot_link(Slot** head, Slot* slot) noexcept nogil:
-    if FM_DEBUG:
-        holds(slot.asker_link == NULL)
-    slot.asker_next = head[0]
-    if slot.asker_next != NULL:
-        slot.asker_next.asker_link = &slot.asker_next
-    slot.asker_link = head
-    head[0] = slot
-
-
-cdef void slot_unlink(Slot* slot) noexcept nogil:
-    if slot.asker_link == NULL:
-        return
-    slot.asker_link[0] = slot.asker_next
-    if slot.asker_next != NULL:
-        slot.asker_next.asker_link = slot.asker_link
-    slot.asker_next = NULL
-    slot.asker_link = NULL
 
 
 cdef void slot_order_push(SlotTable* table, Slot* slot) noexcept nogil:

@@ -1,6 +1,7 @@
 /* What an engine thread needs of the C library that is shorter said in C. */
 #ifndef FASTMESH_THREAD_H
 #define FASTMESH_THREAD_H
+#include <errno.h>
 #include <execinfo.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -15,14 +16,37 @@
 
 int accept4(int fd, struct sockaddr *address, socklen_t *size, int flags);
 
-static int fm_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC); }
+static inline void fm_set_errno(int error) { errno = error; }
 
-static void fm_nodelay(int fd) {
+static inline int fm_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC); }
+
+static inline void fm_nodelay(int fd) {
     int one = 1;   /* fails on a UNIX socket, where there is nothing to delay */
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 }
 
-static uint32_t fm_peer(int fd, uint8_t *room) {
+/* Loopback has no network that could be congested: there the plainest algorithm does (it needs no privilege).
+ * What others compute per acknowledgement, pacing timers above all, is saved. Elsewhere the host's choice stands. */
+static inline void fm_plain_congestion(int fd, const void *raw) {
+    const struct sockaddr *address = raw;
+    int loopback = 0;
+    if (address->sa_family == AF_INET)
+        loopback = (ntohl(((const struct sockaddr_in *)raw)->sin_addr.s_addr) >> 24) == 127;
+    else if (address->sa_family == AF_INET6)
+        loopback = IN6_IS_ADDR_LOOPBACK(&((const struct sockaddr_in6 *)raw)->sin6_addr);
+    if (loopback)
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
+}
+
+/* Accepted connections inherit it from their listener. */
+static inline void fm_plain_congestion_of_listener(int fd) {
+    struct sockaddr_storage own;
+    socklen_t size = sizeof own;
+    if (getsockname(fd, (struct sockaddr *)&own, &size) == 0)
+        fm_plain_congestion(fd, &own);
+}
+
+static inline uint32_t fm_peer(int fd, uint8_t *room) {
     socklen_t size = 128;
     if (getpeername(fd, (struct sockaddr *)room, &size) != 0 || size > 128) return 0;
     return (uint32_t)size;
@@ -31,7 +55,7 @@ static uint32_t fm_peer(int fd, uint8_t *room) {
 /* Engine threads take no signals: those belong to the main thread. SIGABRT stays open, because the
  * watchdog
  * makes a stuck thread print its own stack that way. */
-static uint64_t fm_enter_thread(void) {
+static inline uint64_t fm_enter_thread(void) {
     sigset_t all;
     sigfillset(&all);
     sigdelset(&all, SIGABRT);
@@ -39,7 +63,7 @@ static uint64_t fm_enter_thread(void) {
     return (uint64_t)pthread_self();
 }
 
-static void fm_on_abort(int sig) {
+static inline void fm_on_abort(int sig) {
     void *frames[64];
     static const char head[] =
         "fastmesh: an engine thread was stuck in one turn for 5 s; its stack:\n";
@@ -50,7 +74,7 @@ static void fm_on_abort(int sig) {
     raise(sig);
 }
 
-static void fm_abort_thread(uint64_t thread) {
+static inline void fm_abort_thread(uint64_t thread) {
     void *warm[1];
     (void)backtrace(warm, 1);   /* loads what it needs outside the handler */
     signal(SIGABRT, fm_on_abort);
@@ -59,7 +83,7 @@ static void fm_abort_thread(uint64_t thread) {
     abort();
 }
 
-static void fm_nap_ms(uint64_t ms) {
+static inline void fm_nap_ms(uint64_t ms) {
     struct timespec ts = { (time_t)(ms / 1000), (long)(ms % 1000) * 1000000L };
     nanosleep(&ts, NULL);
 }

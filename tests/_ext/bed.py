@@ -10,8 +10,10 @@ with Bed() as bed:
 
 from __future__ import annotations
 
+import os
 import select
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
@@ -125,8 +127,14 @@ class Bed:
         rule: dict[str, Any] | None = None,
         first_generation: int = 1,
         watchdog: bool = False,
+        spin_us: int = 0,
+        family: int = socket.AF_INET,
         **limits: int,
     ) -> None:
+        self.family = family
+        self.folder = (
+            tempfile.TemporaryDirectory(prefix="bed") if family == socket.AF_UNIX else None
+        )
         self.limits = {**LIMITS, **limits}
         self.cluster = {"codec": codec, "binding": binding, "connections": connections,
                         "server_requests": server_requests}  # fmt: skip
@@ -138,14 +146,23 @@ class Bed:
         self.events: list[Event] = []
         self.open: list[Peer] = []
         self.engine = Engine(
-            threads=threads, watchdog=watchdog, first_generation=first_generation, seed=1
+            threads=threads,
+            watchdog=watchdog,
+            first_generation=first_generation,
+            spin_us=spin_us,
+            seed=1,
         )
         self.front = self._server()
         self.engine.start(self.snapshot())
         self.engine.listen(LISTENER, self.front.fileno())
 
     def _server(self) -> socket.socket:
-        server = socket.create_server(("127.0.0.1", 0), backlog=512)
+        server = socket.socket(self.family)
+        if self.folder is not None:
+            server.bind(f"{self.folder.name}/{len(os.listdir(self.folder.name))}.sock")
+        else:
+            server.bind(("127.0.0.1" if self.family == socket.AF_INET else "::1", 0))
+        server.listen(512)
         server.settimeout(WAIT_S)
         return server
 
@@ -155,9 +172,10 @@ class Bed:
         made = Snapshot(self.version, self.limits)
         made.add_cluster(CLUSTER, row=CLUSTER_ROW, **self.cluster)
         for i in range(len(self.servers)) if endpoints is None else endpoints:
+            name = self.servers[i].getsockname()
             made.add_endpoint(
-                CLUSTER, i + 1, address=self.servers[i].getsockname(), weight=self.weights[i],
-                row=ENDPOINT_ROW + i,
+                CLUSTER, i + 1, address=name if isinstance(name, str) else name[:2],
+                weight=self.weights[i], row=ENDPOINT_ROW + i,
             )  # fmt: skip
         made.add_listener(LISTENER, codec=self.codec, row=LISTENER_ROW)
         made.add_rule(LISTENER, cluster_id=CLUSTER, row=ROUTE_ROW, **self.rule)
@@ -169,7 +187,10 @@ class Bed:
         eventually(lambda: self.engine.in_force() == self.version, "snapshot in force")
 
     def client(self) -> Peer:
-        peer = Peer(socket.create_connection(self.front.getsockname(), timeout=WAIT_S))
+        sock = socket.socket(self.family)
+        sock.settimeout(WAIT_S)
+        sock.connect(self.front.getsockname())
+        peer = Peer(sock)
         self.open.append(peer)
         return peer
 
@@ -207,7 +228,7 @@ class Bed:
         return {name: value for name, value in self._read().process().items() if value}
 
     def balanced(self) -> bool:
-        """The ledger of both directions over all rows but the endpoints', from one consistent copy."""
+        """The ledger of both directions over all rows but the endpoints', from one copy."""
         reading = self._read()
         for block in ("requests", "pushes"):
             sums: dict[str, int] = {}
@@ -235,3 +256,5 @@ class Bed:
         assert self.engine.stop(), "an engine thread did not stop"
         for server in (*self.servers, self.front):
             server.close()
+        if self.folder is not None:
+            self.folder.cleanup()

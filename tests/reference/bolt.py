@@ -639,7 +639,7 @@ def mesh_answer(asked: Frame | Malformed, cause: str, id: int | None = None) -> 
 
 
 def mesh_heartbeat(id: int, dialect: int = 0) -> bytes:
-    """The mesh's heartbeat towards an upstream, in that connection's dialect (0 = v1, else ver1)."""
+    """The mesh's heartbeat towards an upstream, in that dialect (0 = v1, else ver1)."""
     return frame(
         proto=2 if dialect else 1,
         ver1=dialect or 1,
