@@ -7,6 +7,7 @@
 #define fm_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
 #define fm_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
 #define fm_add(p, v) __atomic_add_fetch((p), (v), __ATOMIC_ACQ_REL)
+#define fm_exchange(p, v) __atomic_exchange_n((p), (v), __ATOMIC_ACQ_REL)
 #define fm_likely(x) __builtin_expect(!!(x), 1)
 #define fm_unlikely(x) __builtin_expect(!!(x), 0)
 

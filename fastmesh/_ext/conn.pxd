@@ -9,7 +9,7 @@ where the fd is closed.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from .world cimport CONN_DOOMED, Conn, Entry, Io, Link, World, iovec
+from .world cimport CONN_DOOMED, ENTRY_ANSWER, Conn, Entry, Io, Link, World, iovec
 
 # memory: every buffer of a thread is taken and given back here, so that memory_bytes_max counts
 # them all
@@ -45,6 +45,8 @@ cdef inline uint64_t conn_handle(const Conn* c) noexcept nogil:
 cdef void conn_doom(World* w, Conn* c, int reason, int error) noexcept nogil
 cdef void conn_free(World* w, Conn* c) noexcept nogil
 cdef int conn_arm(World* w, Conn* c, uint32_t events) noexcept nogil
+# a held connection whose peer hung up: out of epoll until it is released
+cdef void conn_unwatch(World* w, Conn* c) noexcept nogil
 cdef void conn_hold(World* w, Conn* c, int why) noexcept nogil        # stop reading ...
 # ... and read on when no reason is left
 cdef void conn_release(World* w, Conn* c, int why) noexcept nogil
@@ -69,6 +71,10 @@ cdef inline void queue_append(World* w, Conn* c, Entry* e) noexcept nogil:
         c.head = e
     c.tail = e
     c.queued_bytes += e.size
+    if e.kind >= ENTRY_ANSWER:
+        c.own_bytes += e.size
+    if e.room == 0 and c.fresh == NULL:
+        c.fresh = e
     conn_dirty(w, c)
 
 cdef Entry* queue_own(World* w, Conn* c, const uint8_t* data, uint32_t size) noexcept nogil
@@ -77,6 +83,10 @@ cdef void entry_free(World* w, Entry* e) noexcept nogil
 cdef void entry_drop(World* w, Conn* c, Entry* e) noexcept nogil
 # room until the end of the turn, NULL = area full
 cdef uint8_t* area_take(World* w, uint32_t size) noexcept nogil
+cdef bint reader_stuck(World* w, const Conn* c) noexcept nogil
+# since when nothing of a standing queue was taken
+cdef inline uint64_t stands_since_ms(const Conn* c) noexcept nogil:
+    return c.wrote_ms if c.wrote_ms > c.blocked_ms else c.blocked_ms
 cdef int flush_one(World* w, Conn* c) noexcept nogil
 cdef void flush_all(World* w) noexcept nogil
 

@@ -33,6 +33,7 @@ from .world cimport (
     CONN_CONNECTING,
     CONN_DOOMED,
     COPY_BYTES,
+    ENTRY_ANSWER,
     ENTRY_OWN,
     ENTRY_ONEWAY,
     ENTRY_REQUEST,
@@ -102,12 +103,13 @@ cdef extern from "atomics.h" nogil:
 
 cdef enum:
     ENTRIES_KEPT = 4096      # spare write-queue entries that a thread keeps: a turn's worth
+    STUCK_MS = 500           # a client over its cap that took nothing for this long does not read
+    OVER_CAP = 4             # this many times its cap is too much, however fast it reads
     # sends to one destination in one turn, so that a long queue does not hold up the rest
     FLUSHES_PER_TURN = 4
 
 
 # === memory =======================================================================================
-# ============================
 
 cdef void* mem_take(World* w, size_t n) noexcept nogil:
     cdef void* p
@@ -170,7 +172,6 @@ cdef uint8_t* area_take(World* w, uint32_t size) noexcept nogil:
 
 
 # === time, chance, events =========================================================================
-# ============================
 
 cdef void world_clock(World* w) noexcept nogil:
     cdef timespec ts
@@ -196,7 +197,6 @@ cdef int event_push(World* w, uint32_t kind, uint64_t a, uint64_t b, uint64_t c,
 
 
 # === life =========================================================================================
-# ============================
 
 
 cdef int grow_conns(World* w) noexcept nogil:
@@ -282,6 +282,10 @@ cdef void rearm(World* w, Conn* c) noexcept nogil:
     if c.state == CONN_CONNECTING:
         events = EPOLLOUT
     else:
+        if c.hung:
+            if c.hold:
+                return      # nothing to wait for before it is released
+            c.hung = 0
         if c.hold == 0:
             events |= EPOLLIN
         if c.blocked:
@@ -289,6 +293,13 @@ cdef void rearm(World* w, Conn* c) noexcept nogil:
     if (events | REGISTERED) != c.armed:
         if conn_arm(w, c, events) != 0:
             conn_doom(w, c, CLOSED_IO_ERROR, errno)
+
+
+cdef void conn_unwatch(World* w, Conn* c) noexcept nogil:
+    cdef epoll_event ev
+    epoll_ctl(w.epfd, EPOLL_CTL_DEL, c.fd, &ev)
+    c.armed = 0
+    c.hung = 1
 
 
 cdef void conn_hold(World* w, Conn* c, int why) noexcept nogil:
@@ -306,6 +317,8 @@ cdef void conn_release(World* w, Conn* c, int why) noexcept nogil:
         return
     if c.hold == 0 and c.frame_began_ms:
         c.frame_began_ms = w.now_ms   # it could not go on while we did not read
+        if w.snapshot.limits.frame_timeout_ms:
+            conn_check_by(w, c, w.now_ms + w.snapshot.limits.frame_timeout_ms)
     if c.part_ready and not c.resuming:
         c.resuming = 1
         c.resume_next = w.resume
@@ -376,7 +389,6 @@ cdef void conn_free(World* w, Conn* c) noexcept nogil:
 
 
 # === out ==========================================================================================
-# ============================
 
 
 cdef Entry* queue_frame(World* w, Conn* c, uint8_t* data, uint32_t size, uint32_t room, int kind) noexcept nogil:
@@ -452,6 +464,8 @@ cdef void entry_free(World* w, Entry* e) noexcept nogil:
 
 cdef void entry_drop(World* w, Conn* c, Entry* e) noexcept nogil:
     c.queued_bytes -= e.size
+    if e.kind >= ENTRY_ANSWER:
+        c.own_bytes -= e.size
     link_settle(w, e)
     if e.room:
         mem_give(w, e.data, e.room)
@@ -473,15 +487,15 @@ cdef void entry_done(World* w, Conn* c, Entry* e) noexcept nogil:
         hop_record(w.counters, HOP_MESH, w.now_ns - e.received_ns)
         if e.room:
             hop_record(w.counters, HOP_QUEUE, w.now_ns - e.received_ns)
-    entry_free(w, e)
 
 
 cdef void spill(World* w, Conn* c) noexcept nogil:
     """The turn ends: what still lies in the read area moves to memory of its own. Without memory
     the connection ends."""
-    cdef Entry* e = c.head
+    cdef Entry* e = c.fresh
     cdef uint8_t* p
     cdef bint failed = False
+    c.fresh = NULL
     while e != NULL:
         if e.room == 0 and not e.dropped:
             p = <uint8_t*>mem_take(w, e.size) if not failed else NULL
@@ -504,6 +518,16 @@ cdef void spill(World* w, Conn* c) noexcept nogil:
         conn_doom(w, c, CLOSED_MEMORY, 0)
 
 
+cdef void pop(World* w, Conn* c) noexcept nogil:
+    cdef Entry* e = c.head
+    c.head = e.next
+    if c.head == NULL:
+        c.tail = NULL
+    if c.fresh == e:
+        c.fresh = e.next
+    entry_free(w, e)
+
+
 cdef uint32_t gather(World* w, Conn* c, iovec* iov, int* count) noexcept nogil:
     """Describe the front of the queue in at most IOVECS pieces; returns its bytes.
 
@@ -511,17 +535,12 @@ cdef uint32_t gather(World* w, Conn* c, iovec* iov, int* count) noexcept nogil:
     a piece costs the kernel more than copying a few hundred bytes costs us.
     """
     cdef Entry* e
-    cdef Entry* after
     cdef uint8_t* at
     cdef uint32_t size, stage_used = 0, total = 0
     cdef int n = 0
     # withdrawn frames at the front go first, so that the head is always one that will be sent
     while c.head != NULL and c.head.dropped:
-        after = c.head.next
-        entry_free(w, c.head)
-        c.head = after
-    if c.head == NULL:
-        c.tail = NULL
+        pop(w, c)
     e = c.head
     while e != NULL and total < FLUSH_BYTES:
         if e.dropped:
@@ -558,8 +577,7 @@ cdef void consume(World* w, Conn* c, uint64_t sent) noexcept nogil:
     while sent > 0:
         e = c.head
         if e.dropped:
-            c.head = e.next
-            entry_free(w, e)
+            pop(w, c)
             continue
         left = e.size - e.written
         if not e.begun:
@@ -570,11 +588,30 @@ cdef void consume(World* w, Conn* c, uint64_t sent) noexcept nogil:
             e.written += <uint32_t>sent
             return
         sent -= left
-        c.head = e.next
-        c.queued_bytes -= e.size
         entry_done(w, c, e)
-    if c.head == NULL:
-        c.tail = NULL
+        c.queued_bytes -= e.size
+        if e.kind >= ENTRY_ANSWER:
+            c.own_bytes -= e.size
+        pop(w, c)
+
+
+cdef bint reader_stuck(World* w, const Conn* c) noexcept nogil:
+    """A client over its cap that takes nothing any more, or that is far over it.
+
+    A reader that is merely asked for more than it can take at once goes on taking; and a single
+    answer longer than the cap is nobody's fault.
+    """
+    cdef uint64_t cap = w.snapshot.limits.queue_bytes_max
+    cdef uint64_t behind = c.queued_bytes - c.head.size if c.head != NULL else 0
+    if behind <= cap or not c.blocked:
+        return False
+    return behind > OVER_CAP * cap or w.now_ms >= stands_since_ms(c) + STUCK_MS
+
+
+cdef void block(World* w, Conn* c) noexcept nogil:
+    if not c.blocked:
+        c.blocked = 1
+        c.blocked_ms = w.now_ms
 
 
 cdef int flush_one(World* w, Conn* c) noexcept nogil:
@@ -593,7 +630,7 @@ cdef int flush_one(World* w, Conn* c) noexcept nogil:
                 break
             if rounds == FLUSHES_PER_TURN:
                 # the kernel would take more: EPOLLOUT calls us back in the next turn
-                c.blocked = 1
+                block(w, c)
                 break
             rounds += 1
             w.counters.p[P_WRITES] += 1
@@ -601,7 +638,7 @@ cdef int flush_one(World* w, Conn* c) noexcept nogil:
             if sent == -EINTR:
                 continue
             if sent == -EAGAIN:
-                c.blocked = 1
+                block(w, c)
                 break
             if sent < 0:
                 spill(w, c)
@@ -613,16 +650,19 @@ cdef int flush_one(World* w, Conn* c) noexcept nogil:
             c.wrote_ms = w.now_ms
             consume(w, c, <uint64_t>sent)
             if <uint64_t>sent < total:
-                c.blocked = 1
+                block(w, c)
                 break
     if c.head != NULL:
         spill(w, c)
     if c.role == ROLE_DOWNSTREAM and (c.queued_bytes or c.hold & HOLD_SLOW_READER):
         cap = w.snapshot.limits.queue_bytes_max
-        if c.queued_bytes > cap:
+        if reader_stuck(w, c):
             w.counters.p[P_SLOW_CONSUMERS] += 1
             conn_doom(w, c, CLOSED_SLOW_CONSUMER, 0)
-        elif c.queued_bytes > cap // 4 * 3:
+            return 0
+        if c.queued_bytes > cap:
+            conn_check_by(w, c, w.now_ms + STUCK_MS)
+        if c.queued_bytes > cap // 4 * 3:
             # Requests of a client that does not read its answers only make it worse. Its answers to
             # requests of the
             # other side are still read: holding those back could lock both sides.
@@ -630,6 +670,11 @@ cdef int flush_one(World* w, Conn* c) noexcept nogil:
                 conn_hold(w, c, HOLD_SLOW_READER)
         elif c.queued_bytes < cap // 2:
             conn_release(w, c, HOLD_SLOW_READER)
+    elif c.own_bytes > w.snapshot.limits.queue_bytes_max:
+        # Heartbeats and refused pushes are answered, but not for one that never reads the answers.
+        w.counters.p[P_SLOW_CONSUMERS] += 1
+        conn_doom(w, c, CLOSED_SLOW_CONSUMER, 0)
+        return 0
     if c.head == NULL and c.hold & HOLD_EOF and c.asked_count == 0 and c.role == ROLE_DOWNSTREAM:
         conn_doom(w, c, CLOSED_BY_PEER, 0)   # half-closed, and everything it asked for was answered
         return 0
@@ -650,8 +695,7 @@ cdef void flush_all(World* w) noexcept nogil:
     w.area_used = 0
 
 
-# === the four functions of a plain socket
-# =====================================================================================
+# === the four functions of a plain socket =========================================================
 
 cdef int64_t socket_recv(Conn* c, iovec* iov, int count) noexcept nogil:
     cdef msghdr msg

@@ -28,7 +28,8 @@ EVENT_KINDS: tuple[str, ...]
     refused         a=listener_id, b=connections open, c=0 connections_max, 1 memory_bytes_max
     accept_paused   a=listener_id, b=errno                 no fd or no memory; accepting again by
     itself
-    parked          a=ticket, b=route row, data=frame      verdict() decides
+    parked          a=ticket, b=route row, c=bytes of the frame, data=the first 64 KiB of it;
+                    verdict() decides
     sample          a=trace, b=route row, c=outcome (0 answered, 1..7 Cause, 8 expired),
                     data=6 x u64 little-endian: received, sent, answered, forwarded (ns),
                     endpoint_id, asker handle

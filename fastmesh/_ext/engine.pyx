@@ -22,6 +22,7 @@ from .conn cimport (
     conn_new,
     conn_of,
     conn_release,
+    conn_unwatch,
     event_push,
     flush_all,
     mem_give,
@@ -94,6 +95,7 @@ from .world cimport (
     EVENT_SNAPSHOT,
     EVENT_STOPPED,
     EVENTS_PER_TURN,
+    HOLD_EOF,
     HOLD_SHORTAGE,
     IDS,
     PART_IN_AREA_BYTES,
@@ -110,6 +112,7 @@ from .world cimport (
     Cluster,
     Conn,
     ConnInfo,
+    Dump,
     Endpoint,
     Parked,
     World,
@@ -156,6 +159,7 @@ cdef extern from "thread.h":
     void fm_nap_ms(uint64_t ms) nogil
 
 cdef extern from "atomics.h" nogil:
+    void* exchange "fm_exchange"(void** p, void* v)
     uint64_t load64 "fm_load"(uint64_t* p)
     void store64 "fm_store"(uint64_t* p, uint64_t v)
     uint32_t load32 "fm_load"(uint32_t* p)
@@ -174,10 +178,10 @@ cdef enum:
     WATCH_MS = 100                # the watchdog's tick
     STUCK_TICKS = 50              # ticks in one and the same turn until it aborts the process
     DUMP_MAX = 10000
+    COPY_LOOKS = 200              # of 1 ms, at a thread that owes a copy of its counters
 
 
 # === life of a world ==============================================================================
-# ============================
 
 cdef int world_start(World* w) noexcept nogil:
     cdef Conn* wake
@@ -226,6 +230,10 @@ cdef void world_free(World* w) noexcept nogil:
     free(w.conns)
     free(w.generations)
     free(w.free_indices)
+    while w.commands.data != NULL and ring_peek(&w.commands) != NULL:
+        if ring_peek(&w.commands).kind == COMMAND_LISTEN:
+            close(<int>ring_peek(&w.commands).b)      # it came behind the stop
+        ring_pop(&w.commands)
     ring_stop(&w.commands)
     ring_stop(&w.events)
     ring_stop(&w.inbox)
@@ -243,7 +251,6 @@ cdef void wake(int fd) noexcept nogil:
 
 
 # === snapshots ====================================================================================
-# ============================
 
 cdef void take_snapshot(World* w, const SnapshotData* s) noexcept nogil:
     """From this turn on every frame sees `s`, and nothing of the one before."""
@@ -251,6 +258,7 @@ cdef void take_snapshot(World* w, const SnapshotData* s) noexcept nogil:
     cdef uint32_t i
     cdef Conn* c
     cdef bint limits_changed = old == NULL or memcmp(&old.limits, &s.limits, sizeof(s.limits)) != 0
+    world_clock(w)      # the connects that begin here are timed from now
     w.snapshot = s
     w.budget.max = s.limits.memory_bytes_max // w.threads
     if pool_sync(w, s) != 0:
@@ -274,7 +282,6 @@ cdef void take_snapshot(World* w, const SnapshotData* s) noexcept nogil:
 
 
 # === accepting ====================================================================================
-# ============================
 
 cdef bint may_cut_through(const World* w, const ListenerRoutes* routes) noexcept nogil:
     """Parts may be forwarded as they come only where both ends are bound 1:1, else parts of two
@@ -383,7 +390,6 @@ cdef void accept_some(World* w, Conn* listener) noexcept nogil:
 
 
 # === commands =====================================================================================
-# ============================
 
 cdef void listen_on(World* w, uint32_t id, int fd) noexcept nogil:
     cdef Conn* c = conn_new(w, fd, ROLE_LISTENER)
@@ -416,21 +422,21 @@ cdef void drain_clients(World* w, bint all, uint32_t listener) noexcept nogil:
 
 
 cdef void make_dump(World* w) noexcept nogil:
-    cdef uint32_t i, n = 0
+    """A picture of the connections, in one block that whoever takes the pointer owns."""
+    cdef uint32_t i
+    cdef uint32_t most = w.conns_high if w.conns_high < DUMP_MAX else DUMP_MAX
     cdef Conn* c
     cdef ConnInfo* info
-    free(w.dump)
-    w.dump_count = 0
-    w.dump = <ConnInfo*>calloc(w.conns_high if w.conns_high < DUMP_MAX else DUMP_MAX, sizeof(ConnInfo))
-    if w.dump != NULL:
+    cdef Dump* dump = <Dump*>calloc(1, sizeof(Dump) + most * sizeof(ConnInfo))
+    if dump != NULL:
         for i in range(w.conns_high):
             c = w.conns[i]
-            if n == DUMP_MAX:
+            if dump.count == most:
                 break
             if c == NULL or (c.role != ROLE_DOWNSTREAM and c.role != ROLE_UPSTREAM):
                 continue
-            info = &w.dump[n]
-            n += 1
+            info = &dump.rows[dump.count]
+            dump.count += 1
             info.handle = conn_handle(c)
             info.role = c.role
             info.state = c.state
@@ -444,11 +450,12 @@ cdef void make_dump(World* w) noexcept nogil:
             info.age_ms = <uint32_t>(w.now_ms - c.opened_ms)
             info.idle_ms = <uint32_t>(w.now_ms - c.read_ms)
             info.peer_size = fm_peer(c.fd, info.peer)
-        w.dump_count = n
+    free(exchange(<void**>&w.dump, dump))
 
 
 cdef void stop_world(World* w) noexcept nogil:
     cdef uint32_t i
+    cdef const Record* r
     cdef Conn* c
     w.stopping = 1
     relay_bury(w)
@@ -460,8 +467,14 @@ cdef void stop_world(World* w) noexcept nogil:
     relay_bury(w)
     for i in range(w.conns_high):
         if w.conns[i] != NULL:
+            w.conns[i].fd = -1      # the wake-up's: others may still use it, world_free() closes it
             conn_free(w, w.conns[i])
-    w.wake_fd = -1      # closed with its connection
+    # descriptors that were on their way here
+    r = ring_peek(&w.inbox)
+    while r != NULL:
+        close(<int>r.b)
+        ring_pop(&w.inbox)
+        r = ring_peek(&w.inbox)
     pool_stop(w)
     while w.free_entries != NULL:
         entry = w.free_entries
@@ -491,10 +504,10 @@ cdef void run_commands(World* w) noexcept nogil:
             relay_abort(w)
         elif r.kind == COMMAND_SEND:
             c = conn_of(w, r.a)
-            if c == NULL:
+            if c == NULL or c.codec == NULL:
                 w.counters.p[P_STALE_HANDLE] += 1
-            else:
-                queue_own(w, c, record_payload(r), r.size)
+            elif r.size and queue_own(w, c, record_payload(r), r.size) == NULL:
+                conn_doom(w, c, CLOSED_MEMORY, 0)
         elif r.kind == COMMAND_CLOSE:
             c = conn_of(w, r.a)
             if c == NULL or c.role == ROLE_WAKE:
@@ -525,7 +538,6 @@ cdef void run_commands(World* w) noexcept nogil:
 
 
 # === a turn =======================================================================================
-# ============================
 
 cdef void on_ready(World* w, uint64_t handle, uint32_t events) noexcept nogil:
     cdef Conn* c = conn_of(w, handle)
@@ -544,9 +556,13 @@ cdef void on_ready(World* w, uint64_t handle, uint32_t events) noexcept nogil:
             conn_dirty(w, c)
         if events & EPOLLIN:
             relay_readable(w, c)
-        elif events & (EPOLLERR | EPOLLHUP):
-            # Held back and gone: nothing of it can be read or answered any more.
+        elif events & EPOLLERR or c.hold & HOLD_EOF:
+            # Gone in both directions: nothing can be answered any more.
             conn_doom(w, c, CLOSED_BY_PEER, 0)
+        elif events & EPOLLHUP:
+            # Held back and hung up: what it sent before is still read when it is released. (epoll
+            # cannot be told not to say so again.)
+            conn_unwatch(w, c)
 
 
 cdef void run_timers(World* w) noexcept nogil:
@@ -586,7 +602,7 @@ cdef void relieve(World* w) noexcept nogil:
     for i in range(w.conns_high):
         c = w.conns[i]
         if c != NULL and c.state != CONN_DOOMED and (c.role == ROLE_DOWNSTREAM or c.role == ROLE_UPSTREAM):
-            holds = c.queued_bytes + c.part_room
+            holds = c.queued_bytes + c.part_room + (c.parked.size if c.parked != NULL else 0)
             if holds > most:
                 most = holds
                 largest = c
@@ -701,7 +717,6 @@ cdef void watch(World* worlds, uint32_t threads, uint64_t* go_on) noexcept nogil
 
 
 # === what Python drives ===========================================================================
-# ============================
 
 class Event(NamedTuple):
     kind: str
@@ -802,6 +817,8 @@ cdef class Engine:
         return int(self.count)
 
     cdef void command(self, uint32_t thread, uint32_t kind, uint64_t a, uint64_t b, uint64_t c, bytes payload) except *:
+        if thread >= self.count:
+            raise ValueError(f"thread: {thread} is not in 0..{self.count - 1}")
         cdef World* w = &self.worlds[thread]
         cdef const char* data = payload
         if ring_push(&w.commands, kind, a, b, c, data, <uint32_t>len(payload)) != 0:
@@ -909,8 +926,6 @@ cdef class Engine:
         self.command(thread, COMMAND_SEND, handle, 0, 0, data)
 
     def close(self, uint64_t handle, uint32_t thread=0):
-        if thread >= self.count:
-            raise ValueError(f"thread: {thread} is not in 0..{self.count - 1}")
         self.command(thread, COMMAND_CLOSE, handle, 0, 0, b"")
 
     def verdict(self, uint64_t ticket, cluster_id):
@@ -964,6 +979,12 @@ cdef class Engine:
     def counters(self):
         cdef uint32_t i
         cdef object reading = reading_new()
+        # A copy that somebody asked for meanwhile must be whole before it is read.
+        for _ in range(COPY_LOOKS):
+            if self.counters_ready(self.asked):
+                break
+            with nogil:
+                fm_nap_ms(1)
         for i in range(self.count):
             reading_add(reading, self.worlds[i].counters)
         return reading
@@ -983,10 +1004,12 @@ cdef class Engine:
     def connections(self):
         cdef uint32_t i, j
         cdef ConnInfo* info
+        cdef Dump* dump
         rows = []
         for i in range(self.count):
-            for j in range(self.worlds[i].dump_count):
-                info = &self.worlds[i].dump[j]
+            dump = <Dump*>exchange(<void**>&self.worlds[i].dump, NULL)
+            for j in range(dump.count if dump != NULL else 0):
+                info = &dump.rows[j]
                 down = info.role == ROLE_DOWNSTREAM
                 rows.append({
                     "handle": info.handle,
@@ -1003,6 +1026,7 @@ cdef class Engine:
                     "age_ms": info.age_ms,
                     "idle_ms": info.idle_ms,
                 })
+            free(dump)
         return rows
 
     # --- test hooks: not reachable from configuration, command line or admin ---

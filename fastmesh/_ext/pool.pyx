@@ -25,6 +25,7 @@ from .counters cimport (
     C_CONNECTIONS,
     C_EJECTED,
     C_EJECTIONS,
+    C_IN_FLIGHT,
     C_OPENED,
     C_UP,
     CLOSED_CONNECT,
@@ -34,11 +35,19 @@ from .counters cimport (
     CLOSED_MEMORY,
     P_HEARTBEATS_OUT,
     P_UPSTREAMS,
+    REQUESTS,
     row_of,
 )
-from .frame cimport CAUSE_CONNECT, CAUSE_NO_ENDPOINT, CAUSE_OVERLOAD, DIALECT_NONE, FrameId
+from .frame cimport (
+    CAUSE_CONNECT,
+    CAUSE_NO_ENDPOINT,
+    CAUSE_OVERLOAD,
+    CORRELATE_BY_ORDER,
+    DIALECT_NONE,
+    FrameId,
+)
 from .route cimport BIND_PER_CLIENT, ClusterSpec, EndpointSpec, SnapshotData
-from .slots cimport Slot, slot_id, slot_take, slots_start
+from .slots cimport Slot, slot_id, slot_order_push, slot_take, slots_start
 from .timers cimport timer_clear, timer_set
 from .world cimport (
     CONN_CONNECTING,
@@ -99,8 +108,7 @@ cdef enum:
 cdef uint64_t NEVER = ~(<uint64_t>0)
 
 
-# === the snapshot's clusters and endpoints
-# ====================================================================================
+# === the snapshot's clusters and endpoints ========================================================
 
 cdef Cluster* cluster_for(World* w, const ClusterSpec* spec) noexcept nogil:
     cdef Cluster* k = w.cluster_of[spec.id]
@@ -162,10 +170,42 @@ cdef void endpoint_forget(World* w, Endpoint* e) noexcept nogil:
     timer_clear(&w.wheel, &e.timer)
     if w.endpoint_of[e.id] == e:
         w.endpoint_of[e.id] = NULL
-    row_of(w.counters, e.row).c[C_EJECTED] = 0
+    row_of(w.counters, e.row).c[C_EJECTED] -= 1 if e.ejected_until_ms else 0
     endpoint_drain(w, e)
     if e.conns == NULL:
         mem_give(w, e, sizeof(Endpoint))
+
+
+cdef void move_gauges(World* w, Endpoint* e, uint32_t row) noexcept nogil:
+    cdef uint64_t* old = row_of(w.counters, e.row).c
+    cdef uint64_t* new = row_of(w.counters, row).c
+    cdef Conn* c = e.conns
+    if e.row == row:
+        return
+    old[C_CONNECTIONS] -= e.conns_count
+    new[C_CONNECTIONS] += e.conns_count
+    old[C_UP] -= e.up
+    new[C_UP] += e.up
+    old[REQUESTS + C_IN_FLIGHT] -= e.in_flight
+    new[REQUESTS + C_IN_FLIGHT] += e.in_flight
+    if e.ejected_until_ms:
+        old[C_EJECTED] -= 1
+        new[C_EJECTED] += 1
+    e.row = row
+    while c != NULL:
+        c.row = row
+        c = c.endpoint_next
+
+
+cdef void forget_strays(World* w, const SnapshotData* s) noexcept nogil:
+    """Endpoints made for a snapshot that was refused belong to no cluster."""
+    cdef uint32_t i
+    cdef Endpoint* e
+    for i in range(s.endpoints_count):
+        e = w.endpoint_of[s.endpoints[i].id]
+        if e != NULL and e.cluster == NULL:
+            w.endpoint_of[e.id] = NULL
+            mem_give(w, e, sizeof(Endpoint))
 
 
 cdef int pool_sync(World* w, const SnapshotData* s) noexcept nogil:
@@ -175,12 +215,14 @@ cdef int pool_sync(World* w, const SnapshotData* s) noexcept nogil:
     cdef Cluster* k
     cdef Cluster** link
     cdef Endpoint* e
+    cdef bint rebound
     # First everything that may fail, so that a refusal leaves the old clusters whole.
     for i in range(s.clusters_count):
         if cluster_for(w, &s.clusters[i]) == NULL:
             return -1
     for i in range(s.endpoints_count):
         if endpoint_for(w, &s.endpoints[i]) == NULL:
+            forget_strays(w, s)
             return -1
     for i in range(s.clusters_count):
         cs = &s.clusters[i]
@@ -191,6 +233,7 @@ cdef int pool_sync(World* w, const SnapshotData* s) noexcept nogil:
         for j in range(k.endpoints_count):
             if k.endpoints[j].version != s.version:
                 endpoint_forget(w, k.endpoints[j])
+        rebound = k.version != 0 and k.binding != cs.binding
         k.version = s.version
         k.row = cs.row
         k.codec = cs.codec
@@ -206,16 +249,19 @@ cdef int pool_sync(World* w, const SnapshotData* s) noexcept nogil:
             k.endpoints[j] = e
             e.cluster = k
             e.weight = es.weight
-            e.row = es.row
+            move_gauges(w, e, es.row)
             if e.ejected_until_ms:
                 k.ejected += 1
             if e.address_size != es.address_size or memcmp(e.address, es.address, es.address_size) != 0:
-                if e.address_size:
-                    endpoint_drain(w, e)   # the name moved: new connections go to the new address
+                # the name moved: new connections go to the new address
                 e.address_size = es.address_size
                 memcpy(e.address, es.address, sizeof(e.address))
                 e.retry_at_ms = 0
                 e.backoff_step = 0
+                if e.conns != NULL:
+                    endpoint_drain(w, e)
+            elif rebound:
+                endpoint_drain(w, e)
             pool_endpoint_due(w, e)
     link = &w.clusters
     while link[0] != NULL:
@@ -254,7 +300,6 @@ cdef void pool_stop(World* w) noexcept nogil:
 
 
 # === connecting ===================================================================================
-# ============================
 
 cdef uint64_t backoff(World* w, Endpoint* e) noexcept nogil:
     """Exponential with a jitter of a quarter either way, so that a thousand sidecars do not return
@@ -343,7 +388,7 @@ cdef void pool_connected(World* w, Conn* c) noexcept nogil:
     c.opened_ms = c.read_ms = c.wrote_ms = w.now_ms
     c.counted = 1
     e.up += 1
-    row_of(w.counters, e.row).c[C_UP] = e.up
+    row_of(w.counters, e.row).c[C_UP] += 1
     row_of(w.counters, e.row).c[C_OPENED] += 1
     if e.ever_up and e.up == 1 and w.snapshot.limits.slow_start_ms:
         e.ramp_from_ms = w.now_ms
@@ -356,12 +401,15 @@ cdef void pool_connected(World* w, Conn* c) noexcept nogil:
         conn_doom(w, c, CLOSED_IO_ERROR, errno)
         return
     conn_dirty(w, c)
+    if c.owner and conn_of(w, c.owner) == NULL:
+        pool_goaway(w, c)
 
 
 cdef void pool_lost(World* w, Conn* c) noexcept nogil:
     cdef Endpoint* e = c.endpoint
     cdef Conn** link = &e.conns
     cdef uint8_t reason = c.close_reason
+    cdef uint64_t due
     while link[0] != c:
         link = &link[0].endpoint_next
     link[0] = c.endpoint_next
@@ -370,7 +418,7 @@ cdef void pool_lost(World* w, Conn* c) noexcept nogil:
     row_of(w.counters, e.row).c[C_CONNECTIONS] -= 1
     if c.counted:
         e.up -= 1
-        row_of(w.counters, e.row).c[C_UP] = e.up
+        row_of(w.counters, e.row).c[C_UP] -= 1
         event_push(w, EVENT_ENDPOINT_DOWN, e.id, e.up, <uint64_t>c.close_errno, &reason, 1)
     if e.gone:
         return
@@ -380,6 +428,10 @@ cdef void pool_lost(World* w, Conn* c) noexcept nogil:
         pool_failed(w, e)
         return
     if not c.counted:
+        # it drained, or ended while connecting for a reason of ours: whatever is missing is opened
+        if e.cluster.binding != BIND_PER_CLIENT and e.timer.link == NULL:
+            due = w.now_ms + w.snapshot.limits.backoff_ms
+            timer_set(&w.wheel, &e.timer, due if due > e.retry_at_ms else e.retry_at_ms)
         return
     if w.now_ms - c.opened_ms >= STEADY_MS:
         e.backoff_step = 0
@@ -397,14 +449,15 @@ cdef void pool_release(World* w, Endpoint* e) noexcept nogil:
 cdef void pool_goaway(World* w, Conn* c) noexcept nogil:
     cdef Endpoint* e = c.endpoint
     if c.state == CONN_CONNECTING:
-        conn_doom(w, c, CLOSED_DRAINED, 0)
-        return
+        if c.head == NULL or e.gone or c.owner == 0:
+            conn_doom(w, c, CLOSED_DRAINED, 0)
+        return      # what its client queued before it left goes first: pool_connected() comes back here
     if c.state != CONN_OPEN:
         return
     c.state = CONN_DRAINING
     c.counted = 0
     e.up -= 1
-    row_of(w.counters, e.row).c[C_UP] = e.up
+    row_of(w.counters, e.row).c[C_UP] -= 1
     if e.cluster != NULL:
         e.cluster.recompute_ms = 0
     if not e.gone:
@@ -414,12 +467,13 @@ cdef void pool_goaway(World* w, Conn* c) noexcept nogil:
 
 
 cdef void pool_settle(World* w, Conn* c) noexcept nogil:
-    if c.state == CONN_DRAINING and c.sent.used == 0 and c.head == NULL and c.asked_count == 0:
+    # (of a per-client connection whose client left, nobody waits for the answers that still come)
+    cdef uint32_t awaited = c.sent.used - c.sent.resting if c.owner else c.sent.used
+    if c.state == CONN_DRAINING and awaited == 0 and c.head == NULL and c.asked_count == 0:
         conn_doom(w, c, CLOSED_DRAINED, 0)
 
 
 # === the choice ===================================================================================
-# ============================
 
 cdef bint can_be_chosen(World* w, Cluster* k, Endpoint* e) noexcept nogil:
     if e.weight == 0 or e.address_size == 0 or e.ejected_until_ms:
@@ -491,7 +545,8 @@ cdef uint32_t speaking(Endpoint* e, int dialect) noexcept nogil:
     cdef Conn* c = e.conns
     cdef uint32_t count = 0
     while c != NULL:
-        if c.dialect == dialect and (c.state == CONN_OPEN or c.state == CONN_CONNECTING):
+        if c.dialect == dialect and c.owner == 0 and \
+                (c.state == CONN_OPEN or c.state == CONN_CONNECTING):
             count += 1
         c = c.endpoint_next
     return count
@@ -520,7 +575,7 @@ cdef Conn* usable(World* w, Endpoint* e, int dialect) noexcept nogil:
     cdef Conn* c = lightest(e, CONN_OPEN, dialect)
     if c == NULL:
         c = lightest(e, CONN_CONNECTING, dialect)
-    if c == NULL and speaking(e, dialect) == 0:
+    if c == NULL and speaking(e, dialect) == 0 and w.now_ms >= e.retry_at_ms:
         c = pool_connect(w, e, 0)
     if c != NULL:
         c.dialect = <uint8_t>dialect
@@ -541,7 +596,7 @@ cdef Conn* pick_shared(World* w, Cluster* k, int dialect, int* cause) noexcept n
                 c = usable(w, k.endpoints[i], dialect)
                 if c != NULL:
                     return c
-        cause[0] = CAUSE_OVERLOAD
+        cause[0] = CAUSE_OVERLOAD if speaking(e, dialect) else CAUSE_CONNECT
         return NULL
     # Nobody is up. A connect under way is worth waiting for (it is bounded): so a client that comes
     # with our first breath, or in the moment of a reconnect, is served.
@@ -582,7 +637,6 @@ cdef Conn* pool_pick(World* w, Cluster* k, Link* link, uint64_t client, int dial
 
 
 # === health =======================================================================================
-# ============================
 
 cdef void pool_answered(World* w, Endpoint* e) noexcept nogil:
     e.failures = 0
@@ -606,7 +660,7 @@ cdef void pool_failed(World* w, Endpoint* e) noexcept nogil:
     e.ejected_until_ms = w.now_ms + span
     k.ejected += 1
     k.recompute_ms = 0
-    row_of(w.counters, e.row).c[C_EJECTED] = 1
+    row_of(w.counters, e.row).c[C_EJECTED] += 1
     row_of(w.counters, e.row).c[C_EJECTIONS] += 1
     event_push(w, EVENT_EJECTED, e.id, span, 0, NULL, 0)
     if e.timer.link == NULL or e.timer.at_ms > e.ejected_until_ms:
@@ -617,7 +671,7 @@ cdef bint twin(Endpoint* e, const Conn* like) noexcept nogil:
     """Another open connection of the endpoint speaks the same dialect."""
     cdef Conn* c = e.conns
     while c != NULL:
-        if c != like and c.state == CONN_OPEN and c.dialect == like.dialect:
+        if c != like and c.state == CONN_OPEN and c.owner == 0 and c.dialect == like.dialect:
             return True
         c = c.endpoint_next
     return False
@@ -636,7 +690,7 @@ cdef void pool_endpoint_due(World* w, Endpoint* e) noexcept nogil:
             k.ejected -= 1
             if w.snapshot.limits.slow_start_ms:
                 e.ramp_from_ms = w.now_ms
-            row_of(w.counters, e.row).c[C_EJECTED] = 0
+            row_of(w.counters, e.row).c[C_EJECTED] -= 1
             event_push(w, EVENT_RESTORED, e.id, 0, 0, NULL, 0)
         else:
             next_ms = e.ejected_until_ms
@@ -644,7 +698,7 @@ cdef void pool_endpoint_due(World* w, Endpoint* e) noexcept nogil:
     if k.binding != BIND_PER_CLIENT and e.address_size and e.weight and not w.stopping:
         c = e.conns
         while c != NULL:
-            if c.state == CONN_OPEN or c.state == CONN_CONNECTING:
+            if c.owner == 0 and (c.state == CONN_OPEN or c.state == CONN_CONNECTING):
                 have += 1
             c = c.endpoint_next
         while have < k.connections and w.now_ms >= e.retry_at_ms:
@@ -657,7 +711,7 @@ cdef void pool_endpoint_due(World* w, Endpoint* e) noexcept nogil:
         # dialect opened is no surplus: the last one that speaks a dialect stays.)
         c = e.conns
         while c != NULL and have > k.connections:
-            if c.state == CONN_OPEN and (c.dialect == DIALECT_NONE or twin(e, c)):
+            if c.state == CONN_OPEN and c.owner == 0 and (c.dialect == DIALECT_NONE or twin(e, c)):
                 pool_goaway(w, c)
                 have -= 1
             c = c.endpoint_next
@@ -681,6 +735,8 @@ cdef void send_heartbeat(World* w, Conn* c) noexcept nogil:
     slot.timer.owner = slot
     slot.timer.kind = TIMER_SLOT
     slot.table_owner = c
+    if c.codec.correlation == CORRELATE_BY_ORDER:
+        slot_order_push(&c.sent, slot)
     memset(&id, 0, sizeof(id))
     id.number = slot_id(slot)
     slot.sent_ns = w.now_ns

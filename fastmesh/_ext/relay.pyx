@@ -25,6 +25,8 @@ from .conn cimport (
     queue_append,
     queue_frame,
     queue_own,
+    reader_stuck,
+    stands_since_ms,
     world_clock,
 )
 from .counters cimport (
@@ -97,6 +99,7 @@ from .frame cimport (
     PARSE_OK,
     FrameId,
     FrameView,
+    Limits,
     ParseStatus,
     Span,
 )
@@ -120,6 +123,8 @@ from .slots cimport (
     SLOT_RESTING,
     SLOT_REST_MS,
     Slot,
+    flight_link,
+    flight_unlink,
     slot_each,
     slot_find,
     slot_id,
@@ -189,6 +194,7 @@ cdef enum:
     HOLD_PARSING = HOLD_QUOTA | HOLD_PARKED | HOLD_PUNT | HOLD_ORDER
     LOGS_PER_SECOND = 10     # abnormal ends reported, per reason: the counters have them all
     PUNT_RETRY_MS = 10
+    PARK_TOLD_BYTES = 1 << 16   # of a parked frame that Python sees
     DRAIN_LOOK_MS = 50
     LOOK_AGAIN_MS = 60000    # a client connection that owes or is owed something, and nothing limits it
     SHED_PERCENT = 90        # of the memory budget: requests are answered "overload"
@@ -205,7 +211,6 @@ cdef inline uint64_t after(uint64_t at_ms, uint32_t span_ms) noexcept nogil:
 
 
 # === small things =================================================================================
-# ============================
 
 cdef void report_end(World* w, Conn* c, int reason, const uint8_t* data, uint32_t size) noexcept nogil:
     """Tell the main thread of an abnormal end: peer address and the first bytes, at most
@@ -290,7 +295,6 @@ cdef Entry* queue_patched(World* w, Conn* to, FrameView* view, const FrameId* id
 
 
 # === a slot's end =================================================================================
-# ============================
 
 cdef void leave_flight(World* w, Slot* slot) noexcept nogil:
     """Out of the gauges, off its asker's list, its timer stopped."""
@@ -301,6 +305,7 @@ cdef void leave_flight(World* w, Slot* slot) noexcept nogil:
     if on.role == ROLE_UPSTREAM:
         on.endpoint.in_flight -= 1
         row_of(w.counters, on.endpoint.row).c[REQUESTS + C_IN_FLIGHT] -= 1
+    flight_unlink(slot)
     if slot.asker_link != NULL:
         slot_unlink(slot)
         if asker != NULL:
@@ -387,8 +392,7 @@ cdef void relay_slot_due(World* w, Slot* slot) noexcept nogil:
     end_in_flight(w, slot, MISS_LATE)
 
 
-# === requests, both directions
-# ================================================================================================
+# === requests, both directions ====================================================================
 
 cdef uint64_t deadline_ms(World* w, const FrameView* view) noexcept nogil:
     """The frame's own timeout; the configured one where it says 0 or less (Bolt: none given)."""
@@ -418,7 +422,7 @@ cdef Link* link_for(World* w, Conn* c, uint32_t cluster) noexcept nogil:
 
 
 cdef bint over_quota(World* w, Conn* c, Link* link, uint32_t size) noexcept nogil:
-    """May one more request of this size be queued towards the link's cluster? Pauses the client on
+    """May no more requests of this size be queued towards the link's cluster? take_quota() pauses on
     the way to the limit.
 
     Only a client that uses one cluster and owes no answer to anybody is paused: for any other,
@@ -428,19 +432,30 @@ cdef bint over_quota(World* w, Conn* c, Link* link, uint32_t size) noexcept nogi
     cdef uint64_t most = w.snapshot.limits.queue_bytes_max
     cdef uint64_t after = link.queued_bytes + size
     cdef uint64_t percent = w.budget.used * 100 // w.budget.max
-    if percent >= SHED_PERCENT or link.flow == FLOW_SHEDDING or after > most:
-        # (a single frame longer than the whole quota passes when nothing else is queued)
-        if link.flow == FLOW_SHEDDING or percent >= SHED_PERCENT or link.queued_bytes > 0:
-            w.counters.p[P_SHED] += 1
-            return True
-    if after > most // 4 * 3 or (percent >= TIGHT_PERCENT and after > TIGHT_BYTES):
+    if link.flow == FLOW_SHEDDING and link.queued_bytes <= most // 2:
+        link.flow = FLOW_OPEN
+    # (a single frame longer than the whole quota passes when nothing else is queued)
+    if percent >= SHED_PERCENT or link.flow == FLOW_SHEDDING or \
+            (after > most and link.queued_bytes > 0):
+        w.counters.p[P_SHED] += 1
+        return True
+    return False
+
+
+cdef void take_quota(World* w, Conn* c, Link* link, Entry* e) noexcept nogil:
+    """The frame is queued. On the way to the limit its client is paused, if that harms nobody else."""
+    cdef uint64_t most = w.snapshot.limits.queue_bytes_max
+    cdef bint tight = w.budget.used * 100 >= w.budget.max * TIGHT_PERCENT
+    e.link = link
+    link.entries += 1
+    link.queued_bytes += e.size
+    if link.queued_bytes > most // 4 * 3 or (tight and link.queued_bytes > TIGHT_BYTES):
         if link.flow == FLOW_OPEN and c.links_count == 1 and c.sent.used == 0 and c.state == CONN_OPEN:
             link.flow = FLOW_PAUSED
             link.pause_until_ms = w.now_ms + PAUSE_MS
             w.counters.p[P_PAUSES] += 1
             conn_hold(w, c, HOLD_QUOTA)
             conn_check_by(w, c, link.pause_until_ms)
-    return False
 
 
 cdef bint bucket_take(World* w, const Rule* rule) noexcept nogil:
@@ -479,6 +494,7 @@ cdef Slot* new_slot(World* w, Conn* on, Conn* asker, FrameView* view, uint32_t r
     slot.bytes = view.size
     slot.cluster = <uint16_t>cluster
     slot_link(&asker.asked, slot)
+    flight_link(&on.flying, slot)
     asker.asked_count += 1
     row_of(w.counters, row).c[block_of(slot) + C_IN_FLIGHT] += 1
     if on.role == ROLE_UPSTREAM:
@@ -511,9 +527,7 @@ cdef bint send_request(World* w, Conn* on, Conn* asker, FrameView* view, uint32_
     if not (view.flags & FLAG_LAST):
         e.tries = NO_RETRY      # the rest of the frame follows on this very connection
     if link != NULL:
-        e.link = link
-        link.entries += 1
-        link.queued_bytes += e.size
+        take_quota(w, asker, link, e)
     timer_set(&w.wheel, &slot.timer, due_ms)
     if w.snapshot.limits.sample_every:
         w.sample_count += 1
@@ -549,6 +563,8 @@ cdef void forward_request(World* w, Conn* c, FrameView* view, uint32_t row, Clus
             if not oneway:
                 if send_request(w, up, c, view, row, k.id, link, due_ms):
                     follow_stream(c, up, view, row, REQUESTS)
+                    if c.codec.correlation == CORRELATE_BY_ORDER:
+                        conn_hold(w, c, HOLD_ORDER)
                     return
                 cause = CAUSE_OVERLOAD
             else:
@@ -560,9 +576,7 @@ cdef void forward_request(World* w, Conn* c, FrameView* view, uint32_t row, Clus
                     e.row = row
                     e.received_ns = w.now_ns
                     e.block = REQUESTS
-                    e.link = link
-                    link.entries += 1
-                    link.queued_bytes += e.size
+                    take_quota(w, c, link, e)
                     if not (view.flags & FLAG_LAST):
                         e.tries = NO_RETRY
                     follow_stream(c, up, view, row, REQUESTS)
@@ -615,8 +629,6 @@ cdef void on_request(World* w, Conn* c, FrameView* view) noexcept nogil:
         park(w, c, view, row, k.id)
         return
     forward_request(w, c, view, row, k, deadline_ms(w, view))
-    if c.codec.correlation == CORRELATE_BY_ORDER and c.asked_count and c.state != CONN_DOOMED:
-        conn_hold(w, c, HOLD_ORDER)
 
 
 cdef void say_and_close(World* w, Conn* c, int reason) noexcept nogil:
@@ -641,29 +653,18 @@ cdef void say_and_close(World* w, Conn* c, int reason) noexcept nogil:
 
 
 cdef Conn* client_for_push(World* w, Conn* up) noexcept nogil:
-    """Who gets a request of the server side: a client with a request in flight on that connection,
-    the last user first; else the last user."""
-    cdef Conn* last = conn_of(w, up.last_client)
+    """Who gets a request of the server side: whoever asked last of those with a request in flight on
+    that connection; with none in flight, whoever used it last."""
+    cdef Slot* slot = up.flying
     cdef Conn* c
-    cdef Slot* slot
-    cdef uint32_t cursor = 0
     if up.owner:
         return conn_of(w, up.owner)
-    if last != NULL and last.asked_count:
-        slot = last.asked
-        while slot != NULL:
-            if slot.table_owner == up:
-                return last
-            slot = slot.asker_next
-    if up.sent.used > up.sent.resting:
-        slot = slot_each(&up.sent, &cursor)
-        while slot != NULL:
-            if slot.state == SLOT_IN_FLIGHT and slot.asker:
-                c = conn_of(w, slot.asker)
-                if c != NULL:
-                    return c
-            slot = slot_each(&up.sent, &cursor)
-    return last
+    while slot != NULL:
+        c = conn_of(w, slot.asker)
+        if c != NULL and not c.hold & HOLD_EOF and not c.lingering:
+            return c
+        slot = slot.flight_next
+    return conn_of(w, up.last_client)
 
 
 cdef void on_push(World* w, Conn* up, FrameView* view) noexcept nogil:
@@ -713,15 +714,16 @@ cdef void end_pause(World* w, Conn* c) noexcept nogil:
     """The second is over (or the client is needed): it is read again, and what stays over the quota
     is answered "overload"."""
     cdef Link* link = c.links
+    cdef bint low
     while link != NULL:
         if link.flow == FLOW_PAUSED:
-            link.flow = FLOW_SHEDDING
+            low = link.queued_bytes <= w.snapshot.limits.queue_bytes_max // 2
+            link.flow = FLOW_OPEN if low else FLOW_SHEDDING
         link = link.next
     conn_release(w, c, HOLD_QUOTA)
 
 
-# === answers, both directions
-# =================================================================================================
+# === answers, both directions =====================================================================
 
 cdef Slot* slot_for(World* w, Conn* c, const FrameView* view, int* miss) noexcept nogil:
     cdef Slot* slot
@@ -798,8 +800,7 @@ cdef void on_answer(World* w, Conn* c, FrameView* view) noexcept nogil:
     free_slot(w, slot, MISS_DUPLICATE)
 
 
-# === streamed frames (VIEW_PARTS on 1:1 bindings)
-# =============================================================================
+# === streamed frames (VIEW_PARTS on 1:1 bindings) =================================================
 
 cdef void follow_stream(Conn* c, Conn* to, const FrameView* view, uint32_t row, int block) noexcept nogil:
     """Where the next parts of the frame that `c` is sending go: to `to`, or nowhere."""
@@ -835,7 +836,12 @@ cdef void on_part(World* w, Conn* c, FrameView* view) noexcept nogil:
 
 
 # === parking ======================================================================================
-# ============================
+
+cdef int tell_parked(World* w, const Parked* p) noexcept nogil:
+    """Verdicts are given by what stands at the front of a frame: a ring must not be filled by bodies."""
+    cdef uint32_t told = p.size if p.size < PARK_TOLD_BYTES else PARK_TOLD_BYTES
+    return event_push(w, EVENT_PARKED, p.ticket, p.row, p.size, p.data, told)
+
 
 cdef void park(World* w, Conn* c, FrameView* view, uint32_t row, uint32_t cluster) noexcept nogil:
     """Hold one frame until Python's verdict. Order is kept by reading nothing more of this
@@ -843,7 +849,7 @@ cdef void park(World* w, Conn* c, FrameView* view, uint32_t row, uint32_t cluste
     cdef Parked* p = NULL
     cdef bint oneway = view.kind == FRAME_ONEWAY
     cdef uint8_t* data = NULL
-    if w.parked_count < PARKED_MAX:
+    if w.parked_count < PARKED_MAX and w.budget.used * 100 < w.budget.max * SHED_PERCENT:
         p = <Parked*>mem_take(w, sizeof(Parked))
         data = <uint8_t*>mem_take(w, view.size)
     if p == NULL or data == NULL:
@@ -876,7 +882,7 @@ cdef void park(World* w, Conn* c, FrameView* view, uint32_t row, uint32_t cluste
         row_of(w.counters, row).c[REQUESTS + C_IN_FLIGHT] += 1
     timer_set(&w.wheel, &p.timer, deadline_ms(w, view))
     conn_hold(w, c, HOLD_PARKED)
-    if event_push(w, EVENT_PARKED, p.ticket, row, 0, data, view.size) != 0:
+    if tell_parked(w, p) != 0:
         # Python has too much to read already: this connection waits with its frame and tells again
         # in a moment.
         w.counters.p[P_PUNT_FULL] += 1
@@ -901,31 +907,36 @@ cdef void settle_parked(World* w, Parked* p, int cause, Cluster* k) noexcept nog
     cdef uint8_t[64] state
     cdef bint oneway
     cdef uint64_t due = p.timer.at_ms
-    unpark(w, p)
+    cdef Limits limits
+    if c == NULL:
+        return      # its client is doomed: the burial, in this very turn, settles it
     memset(state, 0, sizeof(state))
-    if c != NULL:
-        c.codec.scan(state, p.data, p.size, &w.snapshot.limits.codec, 0, &view)
-        oneway = view.kind == FRAME_ONEWAY
-        if not oneway:
-            row_of(w.counters, p.row).c[REQUESTS + C_IN_FLIGHT] -= 1
-        w.block = p.data
-        w.block_room = p.size
-        if cause == CAUSE_NONE:
-            forward_request(w, c, &view, p.row, k, due)
-        elif oneway:
-            row_of(w.counters, p.row).c[REQUESTS + C_ONEWAY_DROPPED] += 1
-        elif cause == CAUSE_DEADLINE:
-            row_of(w.counters, p.row).c[REQUESTS + C_EXPIRED] += 1
-            answer_own(w, c, &view.id, view.hint, cause)
-        else:
-            refuse(w, c, &view, p.row, REQUESTS, cause)
-        if w.block == NULL:
-            p.data = NULL
-        w.block = NULL
-        w.block_room = 0
-        c.parked = NULL
-        conn_release(w, c, HOLD_PARKED)
-        conn_release(w, c, HOLD_PUNT)
+    limits.frame_bytes_max = p.size      # it was accepted once: a limit lowered since is not for it
+    if c.codec.scan(state, p.data, p.size, &limits, 0, &view) != PARSE_OK:
+        conn_doom(w, c, CLOSED_MALFORMED, 0)     # (cannot be: these bytes were a frame before)
+        return
+    unpark(w, p)
+    oneway = view.kind == FRAME_ONEWAY
+    if not oneway:
+        row_of(w.counters, p.row).c[REQUESTS + C_IN_FLIGHT] -= 1
+    w.block = p.data
+    w.block_room = p.size
+    if cause == CAUSE_NONE:
+        forward_request(w, c, &view, p.row, k, due)
+    elif oneway:
+        row_of(w.counters, p.row).c[REQUESTS + C_ONEWAY_DROPPED] += 1
+    elif cause == CAUSE_DEADLINE:
+        row_of(w.counters, p.row).c[REQUESTS + C_EXPIRED] += 1
+        answer_own(w, c, &view.id, view.hint, cause)
+    else:
+        refuse(w, c, &view, p.row, REQUESTS, cause)
+    if w.block == NULL:
+        p.data = NULL
+    w.block = NULL
+    w.block_room = 0
+    c.parked = NULL
+    conn_release(w, c, HOLD_PARKED)
+    conn_release(w, c, HOLD_PUNT)
     if p.data != NULL:
         mem_give(w, p.data, p.size)
     mem_give(w, p, sizeof(Parked))
@@ -955,7 +966,6 @@ cdef void relay_verdict(World* w, uint64_t ticket, uint64_t cluster, int what) n
 
 
 # === reading ======================================================================================
-# ============================
 
 cdef void on_malformed(World* w, Conn* c, const FrameView* view, const uint8_t* data, uint32_t size) noexcept nogil:
     """Out of step with the peer: say so if the id is sound, then close."""
@@ -1238,8 +1248,7 @@ cdef void relay_resume(World* w) noexcept nogil:
         keep_part(w, c, base + used, size - used, used > 0)
 
 
-# === timers of client connections
-# =============================================================================================
+# === timers of client connections =================================================================
 
 cdef void relay_client_due(World* w, Conn* c) noexcept nogil:
     cdef const MeshLimits* limits = &w.snapshot.limits
@@ -1265,7 +1274,7 @@ cdef void relay_client_due(World* w, Conn* c) noexcept nogil:
                 due = link.pause_until_ms if link.pause_until_ms < due else due
             link = link.next
     if c.hold & HOLD_PUNT and c.parked != NULL:
-        if event_push(w, EVENT_PARKED, c.parked.ticket, c.parked.row, 0, c.parked.data, c.parked.size) == 0:
+        if tell_parked(w, c.parked) == 0:
             conn_release(w, c, HOLD_PUNT)
         else:
             due = now + PUNT_RETRY_MS
@@ -1282,15 +1291,19 @@ cdef void relay_client_due(World* w, Conn* c) noexcept nogil:
             conn_doom(w, c, CLOSED_FRAME_TIMEOUT, 0)
             return
         due = at if at < due else due
-    if c.head != NULL:
-        at = after(c.wrote_ms, limits.idle_timeout_ms)
+    if reader_stuck(w, c):
+        w.counters.p[P_SLOW_CONSUMERS] += 1
+        conn_doom(w, c, CLOSED_SLOW_CONSUMER, 0)
+        return
+    if c.head != NULL and c.blocked:
+        at = after(stands_since_ms(c), limits.idle_timeout_ms)
         if now >= at:
             w.counters.p[P_SLOW_CONSUMERS] += 1
             report_end(w, c, CLOSED_SLOW_CONSUMER, NULL, 0)
             conn_doom(w, c, CLOSED_SLOW_CONSUMER, 0)
             return
         due = at if at < due else due
-    elif c.spoke and not owes:
+    elif c.spoke and not owes and c.head == NULL:
         at = after(quiet, limits.idle_timeout_ms)
         if now >= at:
             conn_doom(w, c, CLOSED_IDLE, 0)
@@ -1305,13 +1318,13 @@ cdef void relay_client_due(World* w, Conn* c) noexcept nogil:
     if c.state == CONN_DRAINING:
         at = now + DRAIN_LOOK_MS
         due = at if at < due else due
-    if due == NEVER:
-        due = now + LOOK_AGAIN_MS
+    # While something is owed nothing limits it, but the moment when nothing is must not be missed by more than the limit itself.
+    at = now + (limits.idle_timeout_ms if 0 < limits.idle_timeout_ms < LOOK_AGAIN_MS else LOOK_AGAIN_MS)
+    due = at if at < due else due
     conn_check_by(w, c, due)
 
 
 # === burial =======================================================================================
-# ============================
 
 cdef void fail_sent(World* w, Conn* c, int cause) noexcept nogil:
     """Every request that we sent on `c` and that nobody will answer now."""
@@ -1412,7 +1425,9 @@ cdef void empty_queue(World* w, Conn* c, bint elsewhere) noexcept nogil:
     cdef Entry* after
     c.head = NULL
     c.tail = NULL
+    c.fresh = NULL
     c.queued_bytes = 0
+    c.own_bytes = 0
     while e != NULL:
         after = e.next
         e.next = NULL
@@ -1452,8 +1467,12 @@ cdef void bury_client(World* w, Conn* c) noexcept nogil:
     while link != NULL:
         after = link.next
         up = conn_of(w, link.upstream)
-        if up != NULL:
+        if up != NULL and up.head == NULL:
             conn_doom(w, up, CLOSED_DRAINED, 0)
+        elif up != NULL and up.streaming == 0 and not c.streaming:
+            pool_goaway(w, up)      # one-way frames that it sent before it left are still delivered
+        elif up != NULL:
+            conn_doom(w, up, CLOSED_DRAINED, 0)     # half a streamed frame will never be whole
         link.client = NULL
         if link.entries == 0:
             mem_give(w, link, sizeof(Link))
@@ -1509,9 +1528,13 @@ cdef void relay_abort(World* w) noexcept nogil:
     cdef uint32_t i
     cdef Conn* c
     cdef Slot* slot
+    cdef Parked* parked = w.parked
+    cdef Parked* after_parked
     w.refusing = 1
-    while w.parked != NULL:
-        settle_parked(w, w.parked, CAUSE_UPSTREAM_LOST, NULL)
+    while parked != NULL:
+        after_parked = parked.next
+        settle_parked(w, parked, CAUSE_UPSTREAM_LOST, NULL)
+        parked = after_parked
     for i in range(w.conns_high):
         c = w.conns[i]
         if c == NULL or c.state == CONN_DOOMED:

@@ -46,6 +46,8 @@ cdef struct Slot:
     Slot* asker_next         # all slots of one asker, so that its end finds them
     Slot** asker_link        # NULL = on no list
     Slot* order_next         # answers by order: the slot whose answer comes after this one's
+    Slot* flight_next        # all slots in flight of one connection, newest first
+    Slot** flight_link       # NULL = not in flight
     void* table_owner        # the connection that the request was sent on
     void* entry              # its write-queue entry while no byte of it was written, else NULL
     uint64_t received_ns     # first byte chain of the request read
@@ -119,3 +121,19 @@ cdef inline void slot_unlink(Slot* slot) noexcept nogil:
 # their place; NULL = nothing asked.
 cdef void slot_order_push(SlotTable* table, Slot* slot) noexcept nogil
 cdef Slot* slot_order_pop(SlotTable* table) noexcept nogil
+
+cdef inline void flight_link(Slot** head, Slot* slot) noexcept nogil:
+    slot.flight_next = head[0]
+    if slot.flight_next != NULL:
+        slot.flight_next.flight_link = &slot.flight_next
+    slot.flight_link = head
+    head[0] = slot
+
+cdef inline void flight_unlink(Slot* slot) noexcept nogil:
+    if slot.flight_link == NULL:
+        return
+    slot.flight_link[0] = slot.flight_next
+    if slot.flight_next != NULL:
+        slot.flight_next.flight_link = slot.flight_link
+    slot.flight_next = NULL
+    slot.flight_link = NULL

@@ -38,6 +38,7 @@ cdef struct Cluster
 cdef struct World
 cdef struct Parked
 cdef struct ConnInfo
+cdef struct Dump
 
 cdef enum:
     AREA_BYTES = 1 << 20        # read area of a turn; full = flush, then the rest of the ready list
@@ -193,8 +194,13 @@ cdef struct Conn:
     # write queue
     Entry* head
     Entry* tail
+    uint8_t hung                # held, and its peer hung up: out of epoll meanwhile
+    Entry* fresh                # the first that may lie in the read area
     uint64_t queued_bytes
+    uint64_t own_bytes          # of these, answers and what the mesh made
+    uint64_t blocked_ms         # when it got blocked
     # ids
+    Slot* flying                # requests sent on this connection and in flight, newest first
     SlotTable sent              # requests that we sent on this connection
     Slot* asked                 # requests of this connection that wait for their answer elsewhere
     uint32_t asked_count
@@ -349,8 +355,7 @@ cdef struct World:
     # dumps for the admin pages
     uint64_t dump_asked
     uint64_t dump_made
-    ConnInfo* dump
-    uint32_t dump_count
+    Dump* dump                  # exchanged: whoever takes the pointer frees it
 
 cdef struct ConnInfo:
     uint64_t handle
@@ -367,6 +372,10 @@ cdef struct ConnInfo:
     uint32_t idle_ms
     uint32_t peer_size
     uint8_t peer[128]
+
+cdef struct Dump:
+    uint32_t count
+    ConnInfo[1] rows            # `count` of them
 
 cdef enum EventKind:
     EVENT_SNAPSHOT = 1

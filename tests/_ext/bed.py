@@ -158,6 +158,7 @@ class Bed:
 
     def _server(self) -> socket.socket:
         server = socket.socket(self.family)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if self.folder is not None:
             server.bind(f"{self.folder.name}/{len(os.listdir(self.folder.name))}.sock")
         else:

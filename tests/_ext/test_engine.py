@@ -597,7 +597,7 @@ class TestServerRequests:
 
 class TestBackPressure:
     def test_both_sides_full_of_requests_and_all_answers_and_heartbeats_arrive(self):
-        """Neither side reads before it has sent all it wants to ask: nothing may wait in a circle."""
+        """Neither side reads before it has asked everything: nothing may wait in a circle."""
         with Bed(
             queue_bytes_max=16 << 20, request_timeout_ms=20000, in_flight_per_connection_max=65536
         ) as bed:
@@ -867,6 +867,133 @@ def client_ok(client: Peer, uplink: Peer) -> bool:
     return client.frame().status == 0
 
 
+class TestCornersOfATurn:
+    """Two things of one turn that know nothing of each other."""
+
+    def test_verdict_for_a_client_that_was_closed_in_the_same_turn(self):
+        with Bed(rule={"park": True}) as bed:
+            client = bed.client()
+            client.sendall(bolt.request(1, "s", b"x"))
+            [event] = bed.wait_event("parked")
+            [handle] = [c["handle"] for c in bed.connections() if c["role"] == "downstream"]
+            bed.engine._stall(50)
+            bed.engine.close(handle)
+            bed.engine.verdict(event.a, -1)
+            assert client.ended()
+            eventually(lambda: bed.row().get("requests.failed.client_gone") == 1)
+            assert bed.balanced()
+
+    def test_a_parked_frame_outlives_a_lower_limit_and_a_large_one_is_told(self):
+        with Bed(rule={"park": True}) as bed:
+            client, uplink = bed.client(), bed.upstream()
+            body = os.urandom(600_000)
+            client.sendall(bolt.request(1, "s", body))
+            [event] = bed.wait_event("parked")
+            assert (event.c > len(body), len(event.data)) == (True, 65536)
+            bed.publish(frame_bytes_max=1024)
+            bed.engine.verdict(event.a, -1)
+            assert uplink.frame().content == body
+
+    def test_answer_and_idle_limit_in_one_turn(self):
+        with Bed(idle_timeout_ms=300, request_timeout_ms=5000) as bed:
+            client = bed.client()
+            client.sendall(bolt.request(1, "s"))
+            uplink = bed.upstream()
+            asked = uplink.frame()
+            later = bed.snapshot(connect_timeout_ms=999)  # other limits: every timer is looked at
+            time.sleep(0.4)  # not to synchronise: the limit must have passed
+            bed.engine._stall(50)
+            bed.engine.publish(later)
+            uplink.sendall(bolt.response_to(asked, b"just in time"))
+            assert client.frame().content == b"just in time"
+            began = time.monotonic()
+            assert client.ended()
+            assert 0.2 < time.monotonic() - began < 1
+
+    def test_a_client_is_not_told_overload_for_ever(self):
+        """Over its quota while nothing could be queued, and served as soon as something can."""
+        with Bed(queue_bytes_max=65536) as bed:
+            bed.upstream().close()
+            address = bed.servers[0].getsockname()
+            bed.servers[0].close()
+            eventually(lambda: "up" not in bed.row(ENDPOINT_ROW))
+            client = bed.client()
+            for i in range(3):
+                client.sendall(bolt.request(i, "s", b"x" * 60000))
+                assert client.frame().status == NO_PROCESSOR
+            bed.servers[0] = socket.create_server(address, backlog=64)
+            bed.servers[0].settimeout(5)
+            uplink = bed.upstream()
+            eventually(lambda: bed.row(ENDPOINT_ROW).get("up") == 1)
+            client.sendall(bolt.request(9, "s", b"tiny"))
+            assert uplink.frame().content == b"tiny"
+
+    def test_per_client_oneways_outlive_their_client(self):
+        with Bed(binding="per_client") as bed:
+            client = bed.client()
+            client.sendall(bolt.oneway(1, "s", b"x") * 5)
+            client.close()
+            uplink = bed.upstream()
+            assert len(uplink.frames(5)) == 5
+            assert uplink.ended()
+            assert bed.row()["requests.oneway_forwarded"] == 5
+
+    def test_a_second_dialect_that_cannot_connect_backs_off(self):
+        with Bed(backoff_ms=1000, backoff_ms_max=1000) as bed:
+            client, uplink = bed.client(), bed.upstream()
+            client.sendall(bolt.request(1, "s"))
+            asked = uplink.frame()
+            bed.servers[0].close()
+            for i in range(20):
+                client.sendall(bolt.request(10 + i, "s", crc=True))
+                assert client.frame().status == NO_PROCESSOR
+            assert bed.row(ENDPOINT_ROW)["connect_failed"] <= 3
+            uplink.sendall(bolt.response_to(asked, b"v1 goes on"))
+            assert client.frame().content == b"v1 goes on"
+
+    def test_many_large_answers_at_once_for_a_client_that_reads(self):
+        with Bed(queue_bytes_max=1 << 20) as bed:
+            client = bed.client()
+            client.sendall(b"".join(bolt.request(i, "s") for i in range(3)))
+            uplink = bed.upstream()
+            data = b"".join(bolt.response_to(f, b"y" * 1_000_000) for f in uplink.frames(3))
+            sender = threading.Thread(target=uplink.sendall, args=(data,))
+            sender.start()
+            assert {len(f.content) for f in client.frames(3)} == {1_000_000}
+            sender.join()
+
+    def test_what_a_held_unix_client_sent_before_it_left_is_read(self):
+        with Bed(family=socket.AF_UNIX, rule={"park": True}) as bed:
+            client, uplink = bed.client(), bed.upstream()
+            client.sendall(bolt.oneway(1, "s", b"first") + bolt.oneway(2, "s", b"second"))
+            [first] = bed.wait_event("parked")
+            client.close()
+            eventually(lambda: bed.process()["turns"] > 3)
+            before = bed.process()["turns"]
+            bed.engine.verdict(first.a, -1)
+            assert uplink.frame().content == b"first"
+            bed.engine.verdict(bed.wait_event("parked", 2)[1].a, -1)
+            assert uplink.frame().content == b"second"
+            assert bed.process()["turns"] - before < 100, "a hung-up connection must not spin"
+
+    def test_a_reload_that_changes_the_binding(self):
+        with Bed(binding="per_client") as bed:
+            first = bed.client()
+            first.sendall(bolt.request(1, "s", b"own"))
+            own = bed.upstream()
+            asked = own.frame()
+            bed.cluster["binding"] = "shared"
+            bed.publish()
+            second = bed.client()
+            shared = bed.upstream()
+            eventually(lambda: bed.row(ENDPOINT_ROW).get("up") == 1)
+            second.sendall(bolt.request(1, "s", b"shared"))
+            assert shared.frame().content == b"shared"
+            own.sendall(bolt.response_to(asked, b"done"))
+            assert first.frame().content == b"done"
+            assert own.ended()
+
+
 class TestStopping:
     def test_drain_closes_the_quiet_and_serves_the_busy(self):
         with Bed() as bed:
@@ -1009,7 +1136,7 @@ class TestToy:
 
     @pytest.mark.parametrize("binding", ["shared", "per_client"])
     def test_streamed_bodies(self, binding):
-        """1:1 the parts go as they come; on a shared connection the frame waits until it is whole."""
+        """1:1 the parts go as they come; on a shared connection the frame waits to be whole."""
         with Bed(codec="toy", binding=binding) as bed:
             client = bed.client()
             client.sendall(b"ask 1 s 0 *\n3\nabc")
