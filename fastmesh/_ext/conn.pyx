@@ -670,8 +670,10 @@ cdef int flush_one(World* w, Conn* c) noexcept nogil:
                 conn_hold(w, c, HOLD_SLOW_READER)
         elif c.queued_bytes < cap // 2:
             conn_release(w, c, HOLD_SLOW_READER)
-    elif c.own_bytes > w.snapshot.limits.queue_bytes_max:
-        # Heartbeats and refused pushes are answered, but not for one that never reads the answers.
+    elif c.blocked and c.own_bytes > w.snapshot.limits.queue_bytes_max and (
+            w.now_ms >= stands_since_ms(c) + STUCK_MS or
+            c.own_bytes > OVER_CAP * w.snapshot.limits.queue_bytes_max):
+        # Heartbeats and pushes are answered, but not for one that never reads the answers.
         w.counters.p[P_SLOW_CONSUMERS] += 1
         conn_doom(w, c, CLOSED_SLOW_CONSUMER, 0)
         return 0

@@ -376,7 +376,9 @@ cdef void accept_some(World* w, Conn* listener) noexcept nogil:
         short_of_memory = w.budget.used * 100 >= w.budget.max * REFUSE_PERCENT
         if short_of_memory or total >= w.snapshot.limits.connections_max:
             row[C_REFUSED] += 1
-            event_push(w, EVENT_REFUSED, listener.listener, total, short_of_memory, NULL, 0)
+            if w.refused_second != w.now_ms // 1000:     # one word a second: the counter has them all
+                w.refused_second = w.now_ms // 1000
+                event_push(w, EVENT_REFUSED, listener.listener, total, short_of_memory, NULL, 0)
             close(fd)
             continue
         add32(&to.downstreams, 1)
@@ -625,6 +627,8 @@ cdef int wait_ready(World* w, epoll_event* events) noexcept nogil:
         # Waking a sleeping thread costs more than the work: look again for a while before lying
         # down.
         spin_until = w.now_ns + w.spin_ns
+        if sleep_ms * 1000000 < <int64_t>w.spin_ns:
+            spin_until = w.now_ns + <uint64_t>sleep_ms * 1000000
         while True:
             n = epoll_wait(w.epfd, events, EVENTS_PER_TURN, 0)
             if n != 0:
@@ -639,8 +643,8 @@ cdef int wait_ready(World* w, epoll_event* events) noexcept nogil:
 cdef void tell_main(World* w) noexcept nogil:
     """What the main thread asked for or must know, before anything else may put this thread to sleep."""
     if w.draining == 1 and load32(&w.downstreams) == 0:
-        w.draining = 2
-        event_push(w, EVENT_DRAINED, 0, 0, 0, NULL, 0)
+        if event_push(w, EVENT_DRAINED, 0, 0, 0, NULL, 0) == 0:
+            w.draining = 2
     w.counters.p[P_STALLS] = load64(&w.stalls)
     counters_copy(w.counters)
     if w.notify_due:
@@ -687,6 +691,8 @@ cdef void world_run(World* w) noexcept nogil:
     while not w.ended:
         turn(w, events)
     store64(&w.awake, 0)
+    # the last word of the ledger, asked for or not
+    store64(&w.counters.copied, load64(&w.counters.asked) - 1)
     counters_copy(w.counters)
     wake(w.notify_fd)
 
@@ -844,9 +850,11 @@ cdef class Engine:
         if snapshot.data == NULL:
             raise ValueError("snapshot: it is not sealed")
         self._snapshots.append(snapshot)
-        self._started = True
         for i in range(self.count):
             take_snapshot(&self.worlds[i], snapshot.data)
+            if self.worlds[i].snapshot == NULL:
+                raise MemoryError("memory_bytes_max: too little for the first snapshot")
+        self._started = True
         for i in range(self.count):
             thread = threading.Thread(target=self._run, args=(i,), name=f"engine-{i}", daemon=True)
             thread.start()

@@ -47,7 +47,16 @@ from .frame cimport (
     FrameId,
 )
 from .route cimport BIND_PER_CLIENT, ClusterSpec, EndpointSpec, SnapshotData
-from .slots cimport Slot, slot_id, slot_order_push, slot_take, slots_start
+from .slots cimport (
+    MISS_LATE,
+    SLOT_REST_MS,
+    Slot,
+    slot_id,
+    slot_order_push,
+    slot_rest,
+    slot_take,
+    slots_start,
+)
 from .timers cimport timer_clear, timer_set
 from .world cimport (
     CONN_CONNECTING,
@@ -390,7 +399,7 @@ cdef void pool_connected(World* w, Conn* c) noexcept nogil:
     e.up += 1
     row_of(w.counters, e.row).c[C_UP] += 1
     row_of(w.counters, e.row).c[C_OPENED] += 1
-    if e.ever_up and e.up == 1 and w.snapshot.limits.slow_start_ms:
+    if e.ever_up and e.up == 1 and c.owner == 0 and w.snapshot.limits.slow_start_ms:
         e.ramp_from_ms = w.now_ms
     e.ever_up = 1
     e.cluster.recompute_ms = 0
@@ -467,8 +476,10 @@ cdef void pool_goaway(World* w, Conn* c) noexcept nogil:
 
 
 cdef void pool_settle(World* w, Conn* c) noexcept nogil:
-    # (of a per-client connection whose client left, nobody waits for the answers that still come)
-    cdef uint32_t awaited = c.sent.used - c.sent.resting if c.owner else c.sent.used
+    # (a late answer would have nobody to reach)
+    cdef uint32_t awaited = c.sent.used - c.sent.resting
+    if c.heartbeat_open != NULL:
+        awaited -= 1
     if c.state == CONN_DRAINING and awaited == 0 and c.head == NULL and c.asked_count == 0:
         conn_doom(w, c, CLOSED_DRAINED, 0)
 
@@ -743,7 +754,7 @@ cdef void send_heartbeat(World* w, Conn* c) noexcept nogil:
     if queue_own(w, c, frame, c.codec.heartbeat(&id, c.dialect, frame)) == NULL:
         conn_doom(w, c, CLOSED_MEMORY, 0)
         return
-    c.heartbeat_open = 1
+    c.heartbeat_open = slot
     c.heartbeat_ms = w.now_ms
     w.counters.p[P_HEARTBEATS_OUT] += 1
 
@@ -761,11 +772,14 @@ cdef void pool_conn_due(World* w, Conn* c) noexcept nogil:
         return
     # Any byte received proves life; silence for `heartbeat_ms` asks, another such silence closes
     # (N2: <= 2 x heartbeat).
-    if c.heartbeat_open and c.read_ms >= c.heartbeat_ms:
-        c.heartbeat_open = 0
+    if c.heartbeat_open != NULL and c.read_ms >= c.heartbeat_ms:
+        # It lives, but this one was not acknowledged: its id rests like that of any late answer.
+        slot_rest(&c.sent, c.heartbeat_open, MISS_LATE)
+        timer_set(&w.wheel, &c.heartbeat_open.timer, w.now_ms + SLOT_REST_MS)
+        c.heartbeat_open = NULL
     if every == 0:
         due = NEVER
-    elif c.heartbeat_open:
+    elif c.heartbeat_open != NULL:
         due = c.heartbeat_ms + every
         if w.now_ms >= due:
             conn_doom(w, c, CLOSED_HEARTBEAT, 0)

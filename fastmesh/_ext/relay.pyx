@@ -60,6 +60,7 @@ from .counters cimport (
     P_GOAWAYS,
     P_HEARTBEATS_IN,
     P_MALFORMED,
+    P_MEMORY,
     P_PARKED,
     P_PAUSES,
     P_PUNT_FULL,
@@ -110,7 +111,6 @@ from .pool cimport (
     pool_lost,
     pool_pick,
     pool_release,
-    pool_settle,
 )
 from .route cimport BIND_PER_CLIENT, SERVER_REQUESTS_REFUSE, ListenerRoutes, MeshLimits, Rule, route_find
 from .slots cimport (
@@ -337,8 +337,10 @@ cdef void free_slot(World* w, Slot* slot, int miss) noexcept nogil:
     if on.codec.correlation == CORRELATE_BY_ORDER:
         order_remove(on, slot)
     slot_release(&on.sent, slot, miss)
+    if on.head != NULL and on.head.slot == slot:
+        on.head.slot = NULL     # still being written: the next user of the slot is none of its business
     if on.role == ROLE_UPSTREAM and on.state == CONN_DRAINING:
-        pool_settle(w, on)
+        conn_check_by(w, on, w.now_ms)      # not now: frames behind this one may be waiting
 
 
 cdef void end_in_flight(World* w, Slot* slot, int miss) noexcept nogil:
@@ -479,10 +481,12 @@ cdef bint bucket_take(World* w, const Rule* rule) noexcept nogil:
 
 cdef Slot* new_slot(World* w, Conn* on, Conn* asker, FrameView* view, uint32_t row, uint32_t cluster) noexcept nogil:
     cdef size_t grew = 0
-    cdef Slot* slot = slot_take(&on.sent, &grew)
-    w.budget.used += grew
+    cdef Slot* slot = slot_take(&on.sent, &grew) if w.budget.used <= w.budget.max else NULL
     if slot == NULL:
         return NULL
+    if grew:
+        w.budget.used += grew
+        w.counters.p[P_MEMORY] = w.budget.used
     slot.timer.owner = slot
     slot.timer.kind = TIMER_SLOT
     slot.orig = view.id
@@ -625,7 +629,7 @@ cdef void on_request(World* w, Conn* c, FrameView* view) noexcept nogil:
             say_and_close(w, c, CLOSED_MALFORMED)
         return
     k = w.cluster_of[w.snapshot.clusters[rule.cluster].id]
-    if rule.park:
+    if rule.park and view.flags & FLAG_LAST:
         park(w, c, view, row, k.id)
         return
     forward_request(w, c, view, row, k, deadline_ms(w, view))
@@ -646,6 +650,7 @@ cdef void say_and_close(World* w, Conn* c, int reason) noexcept nogil:
         return
     c.io.shutdown(c)
     c.lingering = 1
+    c.part_ready = 0
     c.close_reason = <uint8_t>reason
     c.frame_began_ms = 0
     c.linger_until_ms = w.now_ms + LINGER_MS
@@ -682,7 +687,8 @@ cdef void on_push(World* w, Conn* up, FrameView* view) noexcept nogil:
         cause = CAUSE_NO_ROUTE
     elif c.hold & HOLD_EOF or c.lingering:
         cause = CAUSE_CLIENT_GONE
-    elif c.queued_bytes > w.snapshot.limits.queue_bytes_max // 4 * 3 or \
+    elif up.own_bytes > w.snapshot.limits.queue_bytes_max or \
+            c.queued_bytes > w.snapshot.limits.queue_bytes_max // 4 * 3 or \
             up.asked_count >= w.snapshot.limits.in_flight_max:
         cause = CAUSE_OVERLOAD
     if cause == CAUSE_NONE:
@@ -759,7 +765,7 @@ cdef void on_answer(World* w, Conn* c, FrameView* view) noexcept nogil:
         return
     if unlikely(slot.asker == 0 or view.kind == FRAME_HEARTBEAT_ACK or slot.sent_ns == 0):
         if slot.asker == 0 and view.kind == FRAME_HEARTBEAT_ACK:
-            c.heartbeat_open = 0
+            c.heartbeat_open = NULL
             free_slot(w, slot, MISS_DUPLICATE)
         else:
             # Of the wrong kind, or before its question was sent whole: a guess, not an answer.
@@ -1236,6 +1242,8 @@ cdef void relay_resume(World* w) noexcept nogil:
         c = w.resume
         w.resume = c.resume_next
         c.resuming = 0
+        if c.lingering:
+            drop_part(w, c)
         if c.state == CONN_DOOMED or c.hold & HOLD_PARSING or not c.part_ready:
             continue
         size = c.part_size
@@ -1318,7 +1326,8 @@ cdef void relay_client_due(World* w, Conn* c) noexcept nogil:
     if c.state == CONN_DRAINING:
         at = now + DRAIN_LOOK_MS
         due = at if at < due else due
-    # While something is owed nothing limits it, but the moment when nothing is must not be missed by more than the limit itself.
+    # While something is owed nothing limits it, but the moment when nothing is must not be missed by
+    # more than the limit itself.
     at = now + (limits.idle_timeout_ms if 0 < limits.idle_timeout_ms < LOOK_AGAIN_MS else LOOK_AGAIN_MS)
     due = at if at < due else due
     conn_check_by(w, c, due)

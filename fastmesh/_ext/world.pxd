@@ -181,7 +181,6 @@ cdef struct Conn:
     uint8_t spoke               # a byte was ever received
     uint8_t lingering           # told why it ends: what it still sends is thrown away
     uint8_t cut_through         # parts are forwarded as they come
-    uint8_t heartbeat_open      # ours awaits its acknowledgement
     # the half frame's buffer may hold whole frames: reading was held between two of them
     uint8_t part_ready
     uint8_t resuming            # on the resume list
@@ -220,7 +219,8 @@ cdef struct Conn:
     # upstream
     Endpoint* endpoint
     Conn* endpoint_next         # all connections of the endpoint
-    uint64_t heartbeat_ms       # when ours was sent
+    Slot* heartbeat_open        # ours, not acknowledged yet
+    uint64_t heartbeat_ms       # when it was sent
     uint64_t last_client        # handle of the client that used it last
     uint64_t owner              # BIND_PER_CLIENT: its client
     uint8_t dialect             # of its first frame: some peers answer everything in that; DIALECT_NONE before
@@ -327,6 +327,7 @@ cdef struct World:
     uint64_t sample_count
     uint32_t log_tokens[16]     # abnormal ends reported this second, by reason
     uint64_t log_second
+    uint64_t refused_second
     # rings
     Ring commands               # Python -> this thread
     Ring events                 # this thread -> Python
