@@ -64,9 +64,6 @@ cdef extern from "<time.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
 
-cdef extern from "<sys/types.h>" nogil:
-    ctypedef long ssize_t
-
 cdef extern from "<sys/socket.h>" nogil:
     struct msghdr:
         void* msg_name
@@ -76,13 +73,17 @@ cdef extern from "<sys/socket.h>" nogil:
         void* msg_control
         size_t msg_controllen
         int msg_flags
-    ssize_t recv(int fd, void* buf, size_t n, int flags)
-    ssize_t recvmsg(int fd, msghdr* msg, int flags)
-    ssize_t send(int fd, const void* buf, size_t n, int flags)
-    ssize_t sendmsg(int fd, const msghdr* msg, int flags)
     int c_shutdown "shutdown"(int fd, int how)
     int MSG_NOSIGNAL
     int SHUT_WR
+
+# The C library's own wrappers are points where a thread may be cancelled, and pay for it in every
+# call; nobody cancels ours. Each returns >= 0 or -errno.
+cdef extern from "syscalls.h" nogil:
+    int64_t sys_recv(int fd, void* buf, size_t n)
+    int64_t sys_send(int fd, const void* buf, size_t n, int flags)
+    int64_t sys_recvmsg(int fd, msghdr* msg)
+    int64_t sys_sendmsg(int fd, const msghdr* msg, int flags)
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -701,28 +702,22 @@ cdef void flush_all(World* w) noexcept nogil:
 
 cdef int64_t socket_recv(Conn* c, iovec* iov, int count) noexcept nogil:
     cdef msghdr msg
-    cdef ssize_t n
     if count == 1:
-        n = recv(c.fd, iov[0].iov_base, iov[0].iov_len, 0)
-    else:
-        memset(&msg, 0, sizeof(msg))
-        msg.msg_iov = iov
-        msg.msg_iovlen = count
-        n = recvmsg(c.fd, &msg, 0)
-    return n if n >= 0 else -errno
+        return sys_recv(c.fd, iov[0].iov_base, iov[0].iov_len)
+    memset(&msg, 0, sizeof(msg))
+    msg.msg_iov = iov
+    msg.msg_iovlen = count
+    return sys_recvmsg(c.fd, &msg)
 
 
 cdef int64_t socket_send(Conn* c, iovec* iov, int count) noexcept nogil:
     cdef msghdr msg
-    cdef ssize_t n
     if count == 1:
-        n = send(c.fd, iov[0].iov_base, iov[0].iov_len, MSG_NOSIGNAL)
-    else:
-        memset(&msg, 0, sizeof(msg))
-        msg.msg_iov = iov
-        msg.msg_iovlen = count
-        n = sendmsg(c.fd, &msg, MSG_NOSIGNAL)
-    return n if n >= 0 else -errno
+        return sys_send(c.fd, iov[0].iov_base, iov[0].iov_len, MSG_NOSIGNAL)
+    memset(&msg, 0, sizeof(msg))
+    msg.msg_iov = iov
+    msg.msg_iovlen = count
+    return sys_sendmsg(c.fd, &msg, MSG_NOSIGNAL)
 
 
 cdef void socket_shutdown(Conn* c) noexcept nogil:

@@ -1,0 +1,189 @@
+"""The gate that CI runs (`make perf-gate`, under five minutes): what must never get worse without
+being noticed.
+
+Timings are paired: a round measures direct, fastmesh and HAProxy back to back, figures are formed
+within the round, and the median over the rounds decides. When a timing fails, as many rounds again
+are measured and the median over all of them decides: a noisy minute is forgiven once. Errors and
+the instruction count have no second chance.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from perf import host, instructions
+from perf.contenders import CONTENDERS
+from perf.scenarios import SCENARIOS
+from perf.trial import Measurement, TrialError, measure
+
+ROUNDS = 5
+DURATION_MS = 1500
+ADDED_P50_US_MAX = 200.0
+ADDED_P99_US_MAX = 1000.0
+HOST_FACTOR = 1.25
+"""Waking a halted processor costs every proxy the same, and on some hosts that alone is more than
+a bound. There the same figure of HAProxy, taken in the same rounds, times this is the bound.
+"""
+CPU_RATIO_MAX = 0.7
+"""Of HAProxy's. The target is 0.45; where this was written it is 0.60, and a noisy round reads up to
+0.65. A net that catches a regression, not the target.
+"""
+REPEAT = "make perf-gate"
+
+
+@dataclass
+class Check:
+    """One bound, and the figure of each round."""
+
+    what: str
+    unit: str
+    most: float
+    rounds: list[float]
+    theirs: list[float] = field(default_factory=list)
+    """HAProxy's figure in the same rounds, where the host may widen the bound."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    @property
+    def bound(self) -> float:
+        if not self.theirs:
+            return self.most
+        return max(self.most, HOST_FACTOR * statistics.median(self.theirs))
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.rounds) and self.median <= self.bound
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{value:.3g}" for value in self.rounds)
+        said = (
+            f"{'ok    ' if self.ok else 'FAILED'} {self.what}: median {self.median:.3g} {self.unit}"
+            f", bound {self.bound:.3g} {self.unit}; rounds: {numbers}"
+        )
+        if self.theirs:
+            said += f"; HAProxy's median {statistics.median(self.theirs):.3g} {self.unit}"
+        if self.bound > self.most:
+            said += f" (this host is slower than the bound of {self.most:g} {self.unit} itself)"
+        return said
+
+
+def open_loop_round(
+    trial: Callable[[str, str], Measurement],
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Added p50 and p99 of one round in µs, ours and HAProxy's."""
+    direct = trial("direct", "rate20000")
+    added = [
+        (through.p50_us - direct.p50_us, through.p99_us - direct.p99_us)
+        for through in (trial(name, "rate20000") for name in ("fastmesh", "haproxy"))
+    ]
+    return added[0], added[1]
+
+
+def cpu_round(trial: Callable[[str, str], Measurement]) -> float:
+    """fastmesh's CPU per message / HAProxy's, one round."""
+    ours, theirs = trial("fastmesh", "c64"), trial("haproxy", "c64")
+    if not ours.cpu_us_per_message or not theirs.cpu_us_per_message:
+        raise TrialError("a trial was too short to read CPU time in it: the host is overloaded")
+    return ours.cpu_us_per_message / theirs.cpu_us_per_message
+
+
+class Gate:
+    """Collects rounds and errors; `trial` is a parameter so that tests can play every outcome."""
+
+    def __init__(self, trial: Callable[[str, str], Measurement]) -> None:
+        self._trial = trial
+        self.errors: list[str] = []
+        self.p50 = Check("added p50, open loop at 20 000/s", "µs", ADDED_P50_US_MAX, [])
+        self.p99 = Check("added p99, open loop at 20 000/s", "µs", ADDED_P99_US_MAX, [])
+        self.cpu = Check("CPU per message at 64 × 1, fastmesh / haproxy", "", CPU_RATIO_MAX, [])
+
+    @property
+    def checks(self) -> list[Check]:
+        return [self.p50, self.p99, self.cpu]
+
+    def _watched(self, contender: str, scenario: str) -> Measurement:
+        measured = self._trial(contender, scenario)
+        if not measured.ok:
+            self.errors.append(f"{contender}, {scenario}: {measured.errors or 'no answer at all'}")
+        return measured
+
+    def rounds(self, count: int, only: list[Check] | None = None) -> None:
+        for _ in range(count):
+            if only is None or self.p50 in only or self.p99 in only:
+                ours, theirs = open_loop_round(self._watched)
+                for check, our, their in zip((self.p50, self.p99), ours, theirs, strict=True):
+                    check.rounds.append(our)
+                    check.theirs.append(their)
+            if only is None or self.cpu in only:
+                self.cpu.rounds.append(cpu_round(self._watched))
+
+    def run(self, count: int = ROUNDS) -> bool:
+        self.rounds(count)
+        failed = [check for check in self.checks if not check.ok]
+        if failed and not self.errors:
+            for check in failed:
+                print(check)
+            print(f"once more, {count} rounds: the median over all of them decides")
+            self.rounds(count, failed)
+        return not self.errors and all(check.ok for check in self.checks)
+
+
+def missing() -> list[str]:
+    """What the gate cannot do without, and how to get it."""
+    return [
+        f"{name} is missing: {CONTENDERS[name].install}"
+        for name in ("fastmesh", "haproxy")
+        if CONTENDERS[name].find() is None
+    ]
+
+
+def _trial(contender: str, scenario: str) -> Measurement:
+    return measure(CONTENDERS.get(contender), SCENARIOS[scenario], DURATION_MS)
+
+
+def _instructions() -> tuple[bool, str]:
+    try:
+        measured = instructions.measure()
+    except TrialError as error:
+        return False, str(error)
+    return instructions.verdict(measured, json.loads(instructions.BASELINE.read_text()))
+
+
+def main() -> None:
+    lacking = missing()
+    if lacking:
+        raise SystemExit("\n".join(lacking))
+    places = host.placement()
+    print(places.describe())
+    calibration = host.Calibration(places.load | places.proxy)
+    calibration.begin()
+    gate = Gate(_trial)
+    try:
+        ok = gate.run()
+    except TrialError as error:
+        raise SystemExit(f"FAILED {error}\nrepeat with: {REPEAT}") from error
+    stolen = calibration.end()
+    for check in gate.checks:
+        print(check)
+    for line in gate.errors:
+        print(f"FAILED errors: {line}")
+    if not gate.errors:
+        print("ok     errors: none")
+    counted, text = _instructions()
+    print(f"{'ok    ' if counted else 'FAILED'} {text}")
+    if stolen:
+        # Said, not forgiven: the bounds are wide and the rounds paired.
+        print(f"note   the machine was not ours alone: {stolen}")
+    if not (ok and counted):
+        raise SystemExit(f"repeat with: {REPEAT}")
+    # The closing line that says how many checks there were.
+    print(f"{len(gate.checks) + 2} passed, 0 failed")
+
+
+if __name__ == "__main__":
+    main()

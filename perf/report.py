@@ -1,0 +1,278 @@
+"""Results as a person reads them: the table in perf/README.md and one picture per scenario.
+
+python -m perf.report perf/results/FILE.json     write both again from a result
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from perf.host import ROOT
+
+README = ROOT / "perf" / "README.md"
+PICTURES = ROOT / "perf" / "results" / "pictures"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+RELAYS = ("haproxy", "nginx", "envoy")
+ORDER = ("direct", "fastmesh", "haproxy", "nginx", "envoy", "mosn")
+COLOURS = {
+    "direct": "#9aa0a6",
+    "fastmesh": "#0b7a4b",
+    "haproxy": "#4a7fc1",
+    "nginx": "#7a9fd0",
+    "envoy": "#a4bfe0",
+    "mosn": "#c9a24a",
+}
+
+
+def values(scenario: dict[str, Any], contender: str, figure: str) -> list[float]:
+    """One figure of one contender, round by round; rounds without it are left out."""
+    found = [r[contender].get(figure) for r in scenario["rounds"] if contender in r]
+    return [float(value) for value in found if value is not None]
+
+
+def median(numbers: list[float]) -> float | None:
+    return statistics.median(numbers) if numbers else None
+
+
+def paired(scenario: dict[str, Any], figure: str, left: str, right: str) -> list[float]:
+    """left / right of the same round: what the host did to both cancels out."""
+    ratios = []
+    for measured in scenario["rounds"]:
+        if left in measured and right in measured:
+            a, b = measured[left].get(figure), measured[right].get(figure)
+            if a is not None and b:
+                ratios.append(a / b)
+    return ratios
+
+
+def added(scenario: dict[str, Any], contender: str, figure: str) -> list[float]:
+    """Latency above the direct path of the same round."""
+    return [
+        measured[contender][figure] - measured["direct"][figure]
+        for measured in scenario["rounds"]
+        if contender in measured and "direct" in measured
+    ]
+
+
+def best_relay(scenario: dict[str, Any]) -> tuple[str, float] | None:
+    """The relay with the least CPU per message, and fastmesh's paired ratio to it."""
+    costs = {
+        name: cost
+        for name in RELAYS
+        if (cost := median(values(scenario, name, "cpu_us_per_message"))) is not None
+    }
+    if not costs:
+        return None
+    best = min(costs, key=lambda name: costs[name])
+    ratio = median(paired(scenario, "cpu_us_per_message", "fastmesh", best))
+    return None if ratio is None else (best, ratio)
+
+
+def errors(result: dict[str, Any]) -> list[str]:
+    """Every trial in which anything but right answers came."""
+    wrong = []
+    for name, scenario in result["scenarios"].items():
+        for number, measured in enumerate(scenario["rounds"], 1):
+            for contender, trial in measured.items():
+                if trial["errors"] or not trial["answered"]:
+                    wrong.append(
+                        f"{name} round {number} {contender}: {trial['errors'] or 'no answer'}"
+                    )
+    return wrong
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _spread(numbers: list[float], digits: int = 0) -> str:
+    if not numbers:
+        return "–"
+    middle = f"{statistics.median(numbers):,.{digits}f}"
+    if len(numbers) < 2:
+        return middle
+    return f"{middle} ({min(numbers):,.{digits}f}–{max(numbers):,.{digits}f})"
+
+
+def _mib(value: float | None) -> str:
+    return "–" if value is None else f"{value / (1 << 20):.1f}"
+
+
+def rows(scenario: dict[str, Any]) -> list[list[str]]:
+    table = []
+    for name in ORDER:
+        if name in scenario["left_out"] and not values(scenario, name, "answered"):
+            table.append([name, f"left out: {scenario['left_out'][name]}"])
+            continue
+        if not values(scenario, name, "answered"):
+            continue
+        calls = scenario["syscalls_per_message"].get(name)
+        table.append(
+            [
+                name,
+                _spread(values(scenario, name, "throughput_per_s")),
+                _number(median(values(scenario, name, "p50_us"))),
+                _number(median(values(scenario, name, "p99_us"))),
+                "–" if name == "direct" else _number(median(added(scenario, name, "p50_us"))),
+                "–" if name == "direct" else _number(median(added(scenario, name, "p99_us"))),
+                _spread(values(scenario, name, "cpu_us_per_message"), 2),
+                _number(sum(calls.values()), 2) if calls else "–",
+                _mib(median(values(scenario, name, "rss_bytes"))),
+                _number(median(values(scenario, name, "rss_per_idle_connection_bytes"))),
+            ]
+        )
+    return table
+
+
+HEAD = (
+    "contender",
+    "answers/s",
+    "p50 µs",
+    "p99 µs",
+    "added p50",
+    "added p99",
+    "proxy CPU µs/message",
+    "system calls/message",
+    "RSS MiB",
+    "bytes/idle connection",
+)
+
+
+def _edition(known: dict[str, Any]) -> str:
+    if "missing" in known:
+        return f"MISSING, {known['missing']}"
+    return str(known.get("version") or known["what"])
+
+
+def text(result: dict[str, Any]) -> str:
+    """The table, in Markdown; readable in a terminal as it is."""
+    facts = result["host"]
+    lines = [
+        f"{result['date']}, commit {facts['commit']}, {facts['cpus']} × {facts['cpu']}, kernel "
+        f"{facts['kernel']}, congestion control {facts['congestion_control']}, "
+        f"{result['duration_ms']} ms per trial.",
+        "Median of the rounds (smallest–largest). Latencies of closed loops include the queue that "
+        "the load itself makes; `added` is the difference to the direct path of the same round.",
+        "",
+        "Contenders: "
+        + "; ".join(f"**{name}** {_edition(known)}" for name, known in result["contenders"].items())
+        + ".",
+        "",
+        "| " + " | ".join(("scenario", *HEAD)) + " |",
+        "|--" * (len(HEAD) + 1) + "|",
+    ]
+    if result["kept_stolen_rounds"]:
+        lines.insert(
+            2, "**Rounds in which the host stole time were kept: these figures decide nothing.**"
+        )
+    for name, scenario in result["scenarios"].items():
+        first = f"[**{name}**](results/pictures/{name}.svg) {scenario['title']}"
+        relay = best_relay(scenario)
+        notes = [f"{len(scenario['rounds'])} rounds"]
+        if scenario["discarded"]:
+            notes.append(f"{len(scenario['discarded'])} thrown away")
+        if relay:
+            notes.append(f"CPU of fastmesh / {relay[0]} = {relay[1]:.2f}")
+        first += " (" + ", ".join(notes) + ")"
+        for row in rows(scenario):
+            cells = row + [""] * (len(HEAD) - len(row))
+            lines.append("| " + " | ".join((first, *cells)) + " |")
+            first = ""
+    return "\n".join(lines)
+
+
+def publish(result: dict[str, Any], source: Path) -> None:
+    """The table between the markers of the README, and the pictures."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for name, scenario in result["scenarios"].items():
+        (PICTURES / f"{name}.svg").write_text(picture(scenario))
+    page = README.read_text()
+    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+    where = f"From [{source.name}](results/{source.name}).\n"
+    README.write_text(page[:start] + "\n" + where + "\n" + text(result) + "\n" + page[end:])
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+WIDTH, PANEL, BAR, GAP, LEFT, TOP = 900, 230, 22, 10, 90, 64
+
+
+def picture(scenario: dict[str, Any]) -> str:
+    """Two panels of bars, shorter is better: proxy CPU per message, and latency (p50 solid, p99 as
+    a whisker).
+    """
+    shown = [name for name in ORDER if values(scenario, name, "answered")]
+    height = TOP + len(shown) * (BAR + GAP) + 40
+    cpu = {name: median(values(scenario, name, "cpu_us_per_message")) for name in shown}
+    p50 = {name: median(values(scenario, name, "p50_us")) for name in shown}
+    p99 = {name: median(values(scenario, name, "p99_us")) for name in shown}
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        f'font-family="sans-serif" font-size="13" fill="#222">',
+        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
+        f'<text x="16" y="24" font-size="16" font-weight="bold">{escape(scenario["title"])}</text>',
+    ]
+    parts += _panel(
+        LEFT, "proxy CPU per message, µs (shorter is better)", shown=shown, bars=cpu, ends={}
+    )
+    parts += _panel(
+        LEFT + 410,
+        "latency, µs: bar p50, line to p99 (shorter is better)",
+        shown=shown,
+        bars=p50,
+        ends=p99,
+    )
+    for at, name in enumerate(shown):
+        y = TOP + at * (BAR + GAP) + 16
+        weight = ' font-weight="bold"' if name == "fastmesh" else ""
+        parts.append(
+            f'<text x="{LEFT - 8}" y="{y}" text-anchor="end"{weight}>{escape(name)}</text>'
+        )
+    note = f"{len(scenario['rounds'])} rounds, medians; {scenario['placement']}"
+    parts.append(f'<text x="16" y="{height - 12}" font-size="11" fill="#777">{escape(note)}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _panel(
+    left: int,
+    title: str,
+    *,
+    shown: list[str],
+    bars: dict[str, float | None],
+    ends: dict[str, float | None],
+) -> list[str]:
+    most = max([v for v in (*bars.values(), *ends.values()) if v is not None], default=1.0) or 1.0
+    parts = [f'<text x="{left}" y="48" fill="#555">{escape(title)}</text>']
+    for at, name in enumerate(shown):
+        value = bars.get(name)
+        y = TOP + at * (BAR + GAP)
+        if value is None:
+            parts.append(f'<text x="{left}" y="{y + 16}" fill="#999">no proxy</text>')
+            continue
+        size = max(1.0, value / most * PANEL)
+        parts.append(
+            f'<rect x="{left}" y="{y}" width="{size:.1f}" height="{BAR}" fill="{COLOURS[name]}"/>'
+        )
+        label = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+        end = ends.get(name)
+        reach = size
+        if end is not None:
+            reach = max(size, end / most * PANEL)
+            middle = y + BAR / 2
+            parts.append(
+                f'<path d="M{left + size:.1f} {middle}H{left + reach:.1f}m0 -5v10" '
+                f'stroke="{COLOURS[name]}" stroke-width="2" fill="none"/>'
+            )
+            label += f" / {end:,.0f}"
+        parts.append(f'<text x="{left + reach + 6:.1f}" y="{y + 16}">{label}</text>')
+    return parts
+
+
+if __name__ == "__main__":
+    chosen = Path(sys.argv[1])
+    publish(json.loads(chosen.read_text()), chosen)

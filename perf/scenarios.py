@@ -1,0 +1,71 @@
+"""What is measured: one line of load per scenario. Loads are described once and are the same for
+every contender.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Scenario:
+    name: str
+    title: str
+    load: dict[str, Any] = field(default_factory=dict)
+    """Arguments of LoadRun."""
+    unix: bool = False
+    threads: int = 1
+    """Of the proxy."""
+    spin_us: int = 0
+    """fastmesh only; others run as they are."""
+    idle_share: float = 0.0
+    """Set where memory per idle connection is read."""
+
+    @property
+    def connections(self) -> int:
+        return int(self.load.get("connections", 64))
+
+
+RATE = 20000.0
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("c1", "1 connection × 1 in flight, 256 B", {"connections": 1}),
+        Scenario("c64", "64 connections × 1 in flight, 256 B", {"connections": 64}),
+        Scenario("c1000", "1000 connections × 1 in flight, 256 B", {"connections": 1000}),
+        Scenario(
+            "c16d32", "16 connections × 32 in flight, 256 B", {"connections": 16, "depth": 32}
+        ),
+        Scenario(
+            "c10000",
+            "10 000 connections, 1 % of them active, 256 B",
+            {"connections": 10000, "active": 0.01, "connect_timeout_ms": 30000},
+            idle_share=0.99,
+        ),
+        Scenario("body64", "64 × 1, bodies of 64 B", {"sizes": (64,)}),
+        Scenario("body16k", "64 × 1, bodies of 16 KiB", {"sizes": (16384,)}),
+        Scenario("body256k", "16 × 1, bodies of 256 KiB", {"connections": 16, "sizes": (262144,)}),
+        Scenario("crc", "64 × 1, 256 B, v2 with checksums", {"version": 2, "crc": True}),
+        Scenario(
+            "crc16k",
+            "64 × 1, 16 KiB, v2 with checksums",
+            {"version": 2, "crc": True, "sizes": (16384,)},
+        ),
+        Scenario("rate20000", "open loop, 20 000/s over 64 connections, 256 B", {"rate": RATE}),
+        Scenario("unix", "64 × 1, 256 B, UNIX sockets on both sides", unix=True),
+        Scenario("threads2", "64 × 1, 256 B, two proxy threads", threads=2),
+        Scenario(
+            "mixed",
+            "64 × 4, 64 B to 64 KiB mixed",
+            {"depth": 4, "sizes": (64, 64, 64, 256, 256, 256, 1024, 1024, 4096, 16384, 65536)},
+        ),
+        Scenario(
+            "spin",
+            "open loop, 20 000/s, fastmesh with spin_us: 200",
+            {"rate": RATE},
+            spin_us=200,
+        ),
+    )
+}
