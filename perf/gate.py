@@ -28,8 +28,8 @@ HOST_FACTOR = 1.25
 a bound. There the same figure of HAProxy, taken in the same rounds, times this is the bound.
 """
 CPU_RATIO_MAX = 0.7
-"""Of HAProxy's. The target is 0.45; where this was written it is 0.60, and a noisy round reads up to
-0.65. A net that catches a regression, not the target.
+"""Of HAProxy's. The target is 0.45; where this was written it is 0.60, and a noisy round reads up
+to 0.65. A net that catches a regression, not the target.
 """
 REPEAT = "make perf-gate"
 
