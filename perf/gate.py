@@ -67,7 +67,7 @@ class Check:
         )
         if self.theirs:
             said += f"; HAProxy's median {statistics.median(self.theirs):.3g} {self.unit}"
-        if self.bound > self.most:
+        if self.median > self.most:
             said += f" (this host is slower than the bound of {self.most:g} {self.unit} itself)"
         return said
 

@@ -149,17 +149,22 @@ class Events:
         self._log.limited("info", f"up {event.a}", "endpoint up", endpoint=name, up=health.up)
 
     def _on_endpoint_down(self, event: Event) -> None:
-        health = self._endpoint(event, event.b)
-        health.reason = CLOSE_REASONS[event.data[0]] if event.data else ""
+        reason = CLOSE_REASONS[event.data[0]] if event.data else ""
         if event.c:
-            health.reason = errno.errorcode.get(event.c, str(event.c)) + " " + health.reason
+            reason = errno.errorcode.get(event.c, str(event.c)) + " " + reason
+        known = self.health.get(event.a)
+        news = known is None or known.up > 0 or known.reason != reason
+        health = self._endpoint(event, event.b)
+        health.reason = reason
+        if not news:
+            return  # one more attempt that failed as the one before did: the counters have it
         self._log.limited(
             "warning",
             f"down {event.a}",
             "endpoint down",
             endpoint=self._endpoint_name(event.a),
             up=health.up,
-            reason=health.reason.strip(),
+            reason=reason.strip(),
         )
 
     def _on_ejected(self, event: Event) -> None:

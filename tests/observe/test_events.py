@@ -80,6 +80,20 @@ def test_health_adds_up_over_threads(events: Events) -> None:
     assert not events.health
 
 
+def test_an_endpoint_that_stays_down_is_told_once_for_each_reason(
+    events: Events, log_lines: LogLines
+) -> None:
+    refused = bytes([CLOSE_REASONS.index("connect")])
+    for _ in range(5):
+        events.take(Event("endpoint_down", a=7, b=0, c=errno.ECONNREFUSED, data=refused))
+    assert log_lines.text().count("endpoint down") == 1
+    events.take(Event("endpoint_down", a=7, b=0, c=errno.ETIMEDOUT, data=refused))
+    assert log_lines.text().count("endpoint down") == 2
+    events.take(Event("endpoint_up", a=7, b=1))
+    events.take(Event("endpoint_down", a=7, b=0, c=errno.ETIMEDOUT, data=refused))
+    assert log_lines.text().count("endpoint down") == 3
+
+
 def test_a_sample_is_kept_and_the_ring_is_bounded(events: Events) -> None:
     data = SAMPLE.pack(1, 2, 3, 4, 5, 6)
     for number in range(3000):
