@@ -49,7 +49,7 @@ test: build ## everything that needs no foreign program (T=tests/file.py::name f
 	$(PY) -m pytest $(if $(T),-v $(T),-m "not chaos and not interop" --ignore=tests/packaging)
 
 .PHONY: lint
-lint: $(VENV)/.installed ## format, ruff, mypy --strict, cython-lint, import directions
+lint: build ## format, ruff, mypy --strict, cython-lint, import directions
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
