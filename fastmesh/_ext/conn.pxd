@@ -9,7 +9,7 @@ where the fd is closed.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from .world cimport CONN_DOOMED, ENTRY_ANSWER, Conn, Entry, Io, Link, World, iovec
+from .world cimport CONN_DOOMED, ENTRY_ANSWER, ENTRY_OWN, Conn, Entry, Io, Link, World, iovec
 
 # memory: every buffer of a thread is taken and given back here, so that memory_bytes_max counts
 # them all
@@ -73,6 +73,8 @@ cdef inline void queue_append(World* w, Conn* c, Entry* e) noexcept nogil:
     c.queued_bytes += e.size
     if e.kind >= ENTRY_ANSWER:
         c.own_bytes += e.size
+        if e.kind == ENTRY_OWN:
+            c.made_bytes += e.size
     if e.room == 0 and c.fresh == NULL:
         c.fresh = e
     conn_dirty(w, c)

@@ -105,6 +105,7 @@ cdef extern from "atomics.h" nogil:
 cdef enum:
     ENTRIES_KEPT = 4096      # spare write-queue entries that a thread keeps: a turn's worth
     STUCK_MS = 500           # a client over its cap that took nothing for this long does not read
+    UPSTREAM_STUCK_MS = 5000
     OVER_CAP = 4             # this many times its cap is too much, however fast it reads
     # sends to one destination in one turn, so that a long queue does not hold up the rest
     FLUSHES_PER_TURN = 4
@@ -463,10 +464,16 @@ cdef void entry_free(World* w, Entry* e) noexcept nogil:
         mem_give(w, e, sizeof(Entry))
 
 
-cdef void entry_drop(World* w, Conn* c, Entry* e) noexcept nogil:
-    c.queued_bytes -= e.size
+cdef inline void uncount(Conn* c, const Entry* e) noexcept nogil:
     if e.kind >= ENTRY_ANSWER:
         c.own_bytes -= e.size
+        if e.kind == ENTRY_OWN:
+            c.made_bytes -= e.size
+
+
+cdef void entry_drop(World* w, Conn* c, Entry* e) noexcept nogil:
+    c.queued_bytes -= e.size
+    uncount(c, e)
     link_settle(w, e)
     if e.room:
         mem_give(w, e.data, e.room)
@@ -591,8 +598,7 @@ cdef void consume(World* w, Conn* c, uint64_t sent) noexcept nogil:
         sent -= left
         entry_done(w, c, e)
         c.queued_bytes -= e.size
-        if e.kind >= ENTRY_ANSWER:
-            c.own_bytes -= e.size
+        uncount(c, e)
         pop(w, c)
 
 
@@ -607,6 +613,23 @@ cdef bint reader_stuck(World* w, const Conn* c) noexcept nogil:
     if behind <= cap or not c.blocked:
         return False
     return behind > OVER_CAP * cap or w.now_ms >= stands_since_ms(c) + STUCK_MS
+
+
+cdef bint upstream_stuck(World* w, const Conn* c) noexcept nogil:
+    """An upstream that asks and does not read the answers.
+
+    Everybody's requests are on this connection, so it has ten times a client's patience: a service
+    may well push for a while before it reads. What the mesh itself says to it (acknowledgements,
+    refusals) is small, and much of it unread is no service.
+    """
+    cdef uint64_t cap = w.snapshot.limits.queue_bytes_max
+    cdef uint64_t stood_ms
+    if not c.blocked or c.own_bytes <= cap:
+        return False
+    stood_ms = w.now_ms - stands_since_ms(c)
+    if c.made_bytes > cap and (stood_ms >= STUCK_MS or c.made_bytes > OVER_CAP * cap):
+        return True
+    return stood_ms >= UPSTREAM_STUCK_MS
 
 
 cdef void block(World* w, Conn* c) noexcept nogil:
@@ -671,9 +694,7 @@ cdef int flush_one(World* w, Conn* c) noexcept nogil:
                 conn_hold(w, c, HOLD_SLOW_READER)
         elif c.queued_bytes < cap // 2:
             conn_release(w, c, HOLD_SLOW_READER)
-    elif c.blocked and c.own_bytes > w.snapshot.limits.queue_bytes_max and (
-            w.now_ms >= stands_since_ms(c) + STUCK_MS or
-            c.own_bytes > OVER_CAP * w.snapshot.limits.queue_bytes_max):
+    elif upstream_stuck(w, c):
         # Heartbeats and pushes are answered, but not for one that never reads the answers.
         w.counters.p[P_SLOW_CONSUMERS] += 1
         conn_doom(w, c, CLOSED_SLOW_CONSUMER, 0)

@@ -1437,6 +1437,7 @@ cdef void empty_queue(World* w, Conn* c, bint elsewhere) noexcept nogil:
     c.fresh = NULL
     c.queued_bytes = 0
     c.own_bytes = 0
+    c.made_bytes = 0
     while e != NULL:
         after = e.next
         e.next = NULL

@@ -196,7 +196,8 @@ cdef struct Conn:
     uint8_t hung                # held, and its peer hung up: out of epoll meanwhile
     Entry* fresh                # the first that may lie in the read area
     uint64_t queued_bytes
-    uint64_t own_bytes          # of these, answers and what the mesh made
+    uint64_t own_bytes          # of these, answers and what the mesh made ...
+    uint64_t made_bytes         # ... and what the mesh made alone
     uint64_t blocked_ms         # when it got blocked
     # ids
     Slot* flying                # requests sent on this connection and in flight, newest first

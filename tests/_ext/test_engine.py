@@ -25,6 +25,15 @@ def bodies(count: int) -> list[bytes]:
     return [b"%06d" % i for i in range(count)]
 
 
+def echo(peer: Peer) -> None:
+    """Answer everything until the connection ends."""
+    while True:
+        try:
+            peer.sendall(bolt.response_to(peer.frame()))
+        except (EOFError, OSError):
+            return
+
+
 def reset(peer: Peer) -> None:
     """End a connection with RST."""
     peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -435,13 +444,6 @@ class TestUpstreams:
             eventually(lambda: bed.row(ENDPOINT_ROW + 1).get("up") == 1)
             client, count = bed.client(), 3000
 
-            def echo(peer: Peer) -> None:
-                while True:
-                    try:
-                        peer.sendall(bolt.response_to(peer.frame()))
-                    except (EOFError, OSError):
-                        return
-
             for peer in uplinks:
                 threading.Thread(target=echo, args=(peer,), daemon=True).start()
             for i in range(count):
@@ -653,12 +655,7 @@ class TestBackPressure:
             assert got.status == BUSY
             assert bed.process()["shed"] >= 1
             assert bed.process()["memory"] < 4 << 20
-            reader = threading.Thread(
-                target=lambda: [
-                    uplink.sendall(bolt.response_to(f)) for f in iter(uplink.frame, None)
-                ],
-                daemon=True,
-            )
+            reader = threading.Thread(target=echo, args=(uplink,), daemon=True)
             reader.start()
             statuses = [got.status] + [client.frame().status for _ in range(count - 1)]
             assert set(statuses) == {0, BUSY}
@@ -1028,23 +1025,16 @@ class TestStopping:
         with Bed(endpoints=2, threads=2) as bed:
             stop = threading.Event()
 
-            def echo(server: int) -> None:
+            def serve(server: int) -> None:
                 while not stop.is_set():
                     try:
                         peer = bed.upstream(server)
                     except OSError:
                         return
-                    threading.Thread(target=answer, args=(peer,), daemon=True).start()
-
-            def answer(peer: Peer) -> None:
-                while True:
-                    try:
-                        peer.sendall(bolt.response_to(peer.frame()))
-                    except (EOFError, OSError):
-                        return
+                    threading.Thread(target=echo, args=(peer,), daemon=True).start()
 
             for i in range(2):
-                threading.Thread(target=echo, args=(i,), daemon=True).start()
+                threading.Thread(target=serve, args=(i,), daemon=True).start()
             statuses: list[int] = []
 
             def ask() -> None:
