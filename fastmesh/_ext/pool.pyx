@@ -63,6 +63,7 @@ from .world cimport (
     CONN_DOOMED,
     CONN_DRAINING,
     CONN_OPEN,
+    DRAIN_LOOK_MS,
     EVENT_EJECTED,
     EVENT_ENDPOINT_DOWN,
     EVENT_ENDPOINT_UP,
@@ -108,7 +109,6 @@ cdef extern from "<sys/epoll.h>" nogil:
     uint32_t EPOLLOUT
 
 cdef enum:
-    DRAIN_LOOK_MS = 50    # how often a draining connection is looked at
     STEADY_MS = 5000      # a connection that lived this long ends the back-off that led to it
     RAMP_STEP_MS = 100    # how often a slow start is recomputed
     RAMP_PERCENT = 10     # where a slow start begins

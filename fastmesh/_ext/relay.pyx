@@ -87,6 +87,7 @@ from .frame cimport (
     CAUSE_UNDECODABLE,
     CAUSE_UPSTREAM_LOST,
     CORRELATE_BY_ORDER,
+    ERROR_HEADERS,
     FLAG_ANSWERABLE,
     FLAG_FIRST,
     FLAG_LAST,
@@ -142,6 +143,7 @@ from .world cimport (
     CONN_DOOMED,
     CONN_DRAINING,
     CONN_OPEN,
+    DRAIN_LOOK_MS,
     DRAIN_QUIET_MS,
     ENTRY_ANSWER,
     ENTRY_ONEWAY,
@@ -195,7 +197,6 @@ cdef enum:
     LOGS_PER_SECOND = 10     # abnormal ends reported, per reason: the counters have them all
     PUNT_RETRY_MS = 10
     PARK_TOLD_BYTES = 1 << 16   # of a parked frame that Python sees
-    DRAIN_LOOK_MS = 50
     LOOK_AGAIN_MS = 60000    # a client connection that owes or is owed something, and nothing limits it
     SHED_PERCENT = 90        # of the memory budget: requests are answered "overload"
     TIGHT_PERCENT = 75       # of the memory budget: whoever has requests queued is paused
@@ -261,6 +262,15 @@ cdef inline int block_of(const Slot* slot) noexcept nogil:
     return REQUESTS if (<Conn*>slot.table_owner).role == ROLE_UPSTREAM else PUSHES
 
 
+cdef Entry* queue_as_it_lies(World* w, Conn* to, uint8_t* data, uint32_t size, int kind) noexcept nogil:
+    """Queue the frame being handled; the queue takes its memory over where it has some of its own."""
+    cdef Entry* e = queue_frame(w, to, data, size, w.block_room if w.block != NULL else 0, kind)
+    if e != NULL:
+        w.block = NULL
+        w.block_room = 0
+    return e
+
+
 cdef Entry* queue_patched(World* w, Conn* to, FrameView* view, const FrameId* id, int kind) noexcept nogil:
     """Give the frame its new id and queue it. The queue takes the frame's own memory over where it
     has some. NULL = no memory."""
@@ -271,11 +281,7 @@ cdef Entry* queue_patched(World* w, Conn* to, FrameView* view, const FrameId* id
     cdef Entry* e
     cdef int i, n = to.codec.patch(view, id, scratch, piece)
     if likely(n == 1):
-        e = queue_frame(w, to, <uint8_t*>piece[0].at, piece[0].size, w.block_room if w.block != NULL else 0, kind)
-        if e != NULL:
-            w.block = NULL
-            w.block_room = 0
-        return e
+        return queue_as_it_lies(w, to, <uint8_t*>piece[0].at, piece[0].size, kind)
     for i in range(n):
         total += piece[i].size
     whole = area_take(w, total)
@@ -371,8 +377,13 @@ cdef void fail(World* w, Slot* slot, int cause) noexcept nogil:
 
 
 cdef void refuse(World* w, Conn* asker, const FrameView* view, uint32_t row, int block, int cause) noexcept nogil:
-    """Counted accepted already, answered by the mesh without ever having had a slot."""
-    row_of(w.counters, row).c[block + C_FAILED + cause] += 1
+    """Counted accepted already, settled without ever having had a slot: answered by the mesh, or, where
+    nobody waits for an answer, counted as dropped."""
+    cdef uint64_t* c = row_of(w.counters, row).c
+    if view.kind == FRAME_ONEWAY:
+        c[block + C_ONEWAY_DROPPED] += 1
+        return
+    c[block + C_FAILED + cause] += 1
     answer_own(w, asker, &view.id, view.hint, cause)
 
 
@@ -587,10 +598,7 @@ cdef void forward_request(World* w, Conn* c, FrameView* view, uint32_t row, Clus
                     return
                 cause = CAUSE_OVERLOAD
     follow_stream(c, NULL, view, row, REQUESTS)
-    if oneway:
-        row_of(w.counters, row).c[REQUESTS + C_ONEWAY_DROPPED] += 1
-    else:
-        refuse(w, c, view, row, REQUESTS, cause)
+    refuse(w, c, view, row, REQUESTS, cause)
 
 
 cdef void on_request(World* w, Conn* c, FrameView* view) noexcept nogil:
@@ -619,12 +627,9 @@ cdef void on_request(World* w, Conn* c, FrameView* view) noexcept nogil:
         cause = CAUSE_OVERLOAD
     if cause != CAUSE_NONE:
         follow_stream(c, NULL, view, row, REQUESTS)
-        if oneway:
-            row_of(w.counters, row).c[REQUESTS + C_ONEWAY_DROPPED] += 1
-        else:
-            refuse(w, c, view, row, REQUESTS, cause)
+        refuse(w, c, view, row, REQUESTS, cause)
         if malformed:
-            w.counters.p[P_MALFORMED + 7] += 1
+            w.counters.p[P_MALFORMED + ERROR_HEADERS] += 1
             report_end(w, c, CLOSED_MALFORMED, view.data, view.size)
             say_and_close(w, c, CLOSED_MALFORMED)
         return
@@ -694,10 +699,8 @@ cdef void on_push(World* w, Conn* up, FrameView* view) noexcept nogil:
     if cause == CAUSE_NONE:
         if oneway:
             # nobody answers it: its id stays as the server wrote it
-            e = queue_frame(w, c, view.data, view.size, w.block_room if w.block != NULL else 0, ENTRY_ONEWAY)
+            e = queue_as_it_lies(w, c, view.data, view.size, ENTRY_ONEWAY)
             if e != NULL:
-                w.block = NULL
-                w.block_room = 0
                 e.row = row
                 e.received_ns = w.now_ns
                 e.block = PUSHES
@@ -710,10 +713,7 @@ cdef void on_push(World* w, Conn* up, FrameView* view) noexcept nogil:
                     end_pause(w, c)
                 return
             cause = CAUSE_OVERLOAD
-    if oneway:
-        row_of(w.counters, row).c[PUSHES + C_ONEWAY_DROPPED] += 1
-    else:
-        refuse(w, up, view, row, PUSHES, cause)
+    refuse(w, up, view, row, PUSHES, cause)
 
 
 cdef void end_pause(World* w, Conn* c) noexcept nogil:
@@ -827,13 +827,8 @@ cdef void on_part(World* w, Conn* c, FrameView* view) noexcept nogil:
     """A middle or last part: to wherever the first one went. If that is gone, the rest of the frame
     goes nowhere."""
     cdef Conn* to = conn_of(w, c.stream_to)
-    cdef Entry* e
     if to != NULL:
-        e = queue_frame(w, to, view.data, view.size, w.block_room if w.block != NULL else 0, ENTRY_PART)
-        if e != NULL:
-            w.block = NULL
-            w.block_room = 0
-        else:
+        if queue_as_it_lies(w, to, view.data, view.size, ENTRY_PART) == NULL:
             conn_doom(w, to, CLOSED_MEMORY, 0)
     if view.flags & FLAG_LAST:
         c.streaming = 0
@@ -861,10 +856,7 @@ cdef void park(World* w, Conn* c, FrameView* view, uint32_t row, uint32_t cluste
     if p == NULL or data == NULL:
         mem_give(w, p, sizeof(Parked))
         mem_give(w, data, view.size)
-        if oneway:
-            row_of(w.counters, row).c[REQUESTS + C_ONEWAY_DROPPED] += 1
-        else:
-            refuse(w, c, view, row, REQUESTS, CAUSE_OVERLOAD)
+        refuse(w, c, view, row, REQUESTS, CAUSE_OVERLOAD)
         return
     memset(p, 0, sizeof(Parked))
     memcpy(data, view.data, view.size)

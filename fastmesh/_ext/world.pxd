@@ -57,6 +57,7 @@ cdef enum:
     PAUSE_MS = 1000             # a client over its quota is held back this long at most
     # after our last word to a client that is out of step, its bytes are thrown away this long
     LINGER_MS = 1000
+    DRAIN_LOOK_MS = 50          # how often a draining connection is looked at
     # a draining client connection is closed when it owes nothing and was quiet this long
     DRAIN_QUIET_MS = 200
     IDS = 1 << 16               # ids of listeners, clusters and endpoints are below this
@@ -107,7 +108,6 @@ cdef enum TimerKind:
 cdef struct Budget:             # all buffers of one thread
     uint64_t used
     uint64_t max                # memory_bytes_max / threads
-    uint64_t refused
     uint64_t fail_at            # test hook: the k-th allocation from now fails, 0 = none
 
 cdef struct Io:
@@ -339,7 +339,6 @@ cdef struct World:
     uint8_t refusing            # the grace period is over
     uint8_t stopping
     uint8_t ended
-    uint8_t relieved            # the largest buffer was given up in this turn
     uint16_t first_generation
     uint64_t random
     uint64_t spin_ns
@@ -355,7 +354,6 @@ cdef struct World:
     uint64_t stalled_ms         # longest stall not yet told to Python
     uint64_t pthread
     # dumps for the admin pages
-    uint64_t dump_asked
     uint64_t dump_made
     Dump* dump                  # exchanged: whoever takes the pointer frees it
 
