@@ -155,6 +155,10 @@ NAMES_ALLOWED: dict[tuple[str, str], str] = {
     ("tests/_ext/test_engine.py", "time.sleep"): "time in which nothing must happen",
     ("tests/interop/harness.py", "time.sleep"): "between two looks of the poll with a deadline",
     ("tests/interop/peers/python/client.py", "time.sleep"): "paces the load, nothing waits on it",
+    (
+        "tests/interop/peers/python/server.py",
+        "time.sleep",
+    ): "one-way frames have no answer to wait for",
 }
 """(file, name) -> why it is right there."""
 

@@ -36,6 +36,12 @@ server.addService({ interfaceName, version }, {
 server.start().then(() => { console.log('READY ' + options.port); });
 process.stdin.resume();
 process.stdin.on('end', async () => {
+  // Nobody answers a note, so the last ones may still be on their way here when we are told to end:
+  // look until none has come for a while. One that is lost is missed all the same.
+  for (let look = 0, seen = -1; look < 12 && seen !== notes; look += 1) {
+    seen = notes;
+    await new Promise((resolve) => { setTimeout(resolve, 250); });
+  }
   const summary = {
     peer: 'node-server', answered, notes, notes_distinct: distinct.size, wrong: failed, connections: connections.size, log: lines.slice(0, 5),
   };

@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import threading
+import time
 
 from anthunder import AioListener, BaseService
 from wire import options, unblob
@@ -57,6 +58,14 @@ def main() -> int:
     listener.run_threading()
     print("READY", given["port"], flush=True)
     sys.stdin.read()
+    # Nobody answers a note, so the last ones may still be on their way here when we are told to
+    # end: look until none has come for a while. One that is lost is missed all the same.
+    seen = -1
+    for _ in range(12):
+        if seen == counts["notes"]:
+            break
+        seen = counts["notes"]
+        time.sleep(0.25)
     print(
         json.dumps(
             {"peer": "python-server", **counts, "notes_distinct": len(distinct), "wrong": 0}

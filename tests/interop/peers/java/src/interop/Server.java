@@ -91,6 +91,13 @@ public final class Server {
         while (System.in.read() != -1) {
             continue; // Only the end counts.
         }
+        // Nobody answers a note, so the last ones may still be on their way here when we are told to end:
+        // look until none has come for a while. One that is lost is missed all the same.
+        long seen = -1;
+        for (int look = 0; look < 12 && seen != notes.get(); look++) {
+            seen = notes.get();
+            Thread.sleep(250);
+        }
         server.shutdown();
         System.out.println("{\"peer\":\"java-server\",\"answered\":" + answered + ",\"notes\":" + notes
                 + ",\"notes_distinct\":" + distinct.size() + ",\"calls\":" + calls + ",\"wrong\":" + wrong
