@@ -44,9 +44,10 @@ cdef inline uint64_t conn_handle(const Conn* c) noexcept nogil:
 
 cdef void conn_doom(World* w, Conn* c, int reason, int error) noexcept nogil
 cdef void conn_free(World* w, Conn* c) noexcept nogil
+# makes epoll watch for exactly these events; 0, or -1 (errno set)
 cdef int conn_arm(World* w, Conn* c, uint32_t events) noexcept nogil
-# a held connection whose peer hung up: out of epoll until it is released
-cdef void conn_unwatch(World* w, Conn* c) noexcept nogil
+# it was not read (or written) to the end: epoll reports it once more if it is still ready
+cdef void conn_look_again(World* w, Conn* c) noexcept nogil
 cdef void conn_hold(World* w, Conn* c, int why) noexcept nogil        # stop reading ...
 # ... and read on when no reason is left
 cdef void conn_release(World* w, Conn* c, int why) noexcept nogil
@@ -56,8 +57,12 @@ cdef void conn_check_by(World* w, Conn* c, uint64_t at_ms) noexcept nogil
 cdef inline void conn_dirty(World* w, Conn* c) noexcept nogil:
     if not c.dirty:
         c.dirty = 1
-        c.dirty_next = w.dirty
-        w.dirty = c
+        c.dirty_next = NULL
+        if w.dirty != NULL:
+            w.dirty_tail.dirty_next = c
+        else:
+            w.dirty = c
+        w.dirty_tail = c
 
 
 # out: a frame joins the queue of its destination and leaves with the flush at the end of the turn

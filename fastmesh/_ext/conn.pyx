@@ -44,6 +44,7 @@ from .world cimport (
     HOLD_SLOW_READER,
     IOVECS,
     ROLE_DOWNSTREAM,
+    ROLE_UPSTREAM,
     STAGE_BYTES,
     TIMER_CONN,
     Conn,
@@ -97,6 +98,9 @@ cdef extern from "<sys/epoll.h>" nogil:
     int EPOLL_CTL_MOD
     uint32_t EPOLLIN
     uint32_t EPOLLOUT
+    uint32_t EPOLLPRI
+    uint32_t EPOLLRDHUP
+    uint32_t EPOLLET
 
 cdef extern from "atomics.h" nogil:
     bint likely "fm_likely"(bint x)
@@ -257,12 +261,20 @@ cdef Conn* conn_new(World* w, int fd, int role) noexcept nogil:
 
 
 cdef int conn_arm(World* w, Conn* c, uint32_t events) noexcept nogil:
-    """Make epoll watch for exactly these events. 0, or -1 (errno set)."""
+    """Connections are watched by edges: epoll says once that bytes came, and does not poll every ready
+    socket a second time at the next wait. What makes that sound: a recv that fills less than it was
+    offered has taken all there was when the event was reported, and what comes later is another event;
+    whoever stops before that calls conn_look_again(); and each change of what is watched makes the
+    kernel look at the socket anew.
+    """
     cdef epoll_event ev
     cdef int op
-    if events == c.armed and c.armed != 0:
-        return 0
     ev.events = events
+    if c.role == ROLE_DOWNSTREAM or c.role == ROLE_UPSTREAM:
+        ev.events |= EPOLLET
+        if events & EPOLLIN:
+            # where a recv may be short and yet not the last: the end of the stream, an urgent byte
+            ev.events |= EPOLLRDHUP | EPOLLPRI
     ev.data.u64 = conn_handle(c)
     # `armed` keeps a bit of its own for "registered", because a held connection is registered for
     # nothing
@@ -284,10 +296,6 @@ cdef void rearm(World* w, Conn* c) noexcept nogil:
     if c.state == CONN_CONNECTING:
         events = EPOLLOUT
     else:
-        if c.hung:
-            if c.hold:
-                return      # nothing to wait for before it is released
-            c.hung = 0
         if c.hold == 0:
             events |= EPOLLIN
         if c.blocked:
@@ -297,11 +305,9 @@ cdef void rearm(World* w, Conn* c) noexcept nogil:
             conn_doom(w, c, CLOSED_IO_ERROR, errno)
 
 
-cdef void conn_unwatch(World* w, Conn* c) noexcept nogil:
-    cdef epoll_event ev
-    epoll_ctl(w.epfd, EPOLL_CTL_DEL, c.fd, &ev)
-    c.armed = 0
-    c.hung = 1
+cdef void conn_look_again(World* w, Conn* c) noexcept nogil:
+    c.armed = REGISTERED     # whatever is watched: it is said anew
+    rearm(w, c)
 
 
 cdef void conn_hold(World* w, Conn* c, int why) noexcept nogil:
@@ -352,11 +358,15 @@ cdef void conn_doom(World* w, Conn* c, int reason, int error) noexcept nogil:
 
 cdef void leave_lists(World* w, Conn* c) noexcept nogil:
     cdef Conn** link
+    cdef Conn* before = NULL
     if c.dirty:
         link = &w.dirty
         while link[0] != c:
-            link = &link[0].dirty_next
+            before = link[0]
+            link = &before.dirty_next
         link[0] = c.dirty_next
+        if w.dirty_tail == c:
+            w.dirty_tail = before
     if c.resuming:
         link = &w.resume
         while link[0] != c:
@@ -633,9 +643,9 @@ cdef bint upstream_stuck(World* w, const Conn* c) noexcept nogil:
 
 
 cdef void block(World* w, Conn* c) noexcept nogil:
-    if not c.blocked:
-        c.blocked = 1
-        c.blocked_ms = w.now_ms
+    c.blocked = 1
+    c.blocked_ms = w.now_ms
+    conn_look_again(w, c)
 
 
 cdef int flush_one(World* w, Conn* c) noexcept nogil:

@@ -162,11 +162,12 @@ cdef inline void hop_record(Counters* counters, int hop, uint64_t ns) noexcept n
     counters.hop[hop][histogram_index(ns)] += 1
     counters.hop_sum_ns[hop] += ns
 
+# a row that nobody asked for before: `rows_used` moves on (never beyond ROWS_MAX)
+cdef Row* row_first_used(Counters* counters, uint32_t row) noexcept nogil
+
 cdef inline Row* row_of(Counters* counters, uint32_t row) noexcept nogil:
-    if row >= ROWS_MAX:
-        row = ROW_OTHER
     if row >= counters.rows_used:
-        counters.rows_used = row + 1
+        return row_first_used(counters, row)
     return &counters.rows[row]
 
 

@@ -68,6 +68,14 @@ cdef void counters_free(Counters* counters) noexcept nogil:
     free(counters)
 
 
+cdef Row* row_first_used(Counters* counters, uint32_t row) noexcept nogil:
+    if row >= ROWS_MAX:
+        row = ROW_OTHER
+    if row >= counters.rows_used:
+        counters.rows_used = row + 1
+    return &counters.rows[row]
+
+
 cdef void counters_copy(Counters* counters) noexcept nogil:
     cdef uint64_t asked = fm_load(&counters.asked)
     cdef Counters* copy = counters.copy

@@ -22,7 +22,6 @@ from .conn cimport (
     conn_new,
     conn_of,
     conn_release,
-    conn_unwatch,
     event_push,
     flush_all,
     mem_give,
@@ -131,6 +130,8 @@ cdef extern from "<sys/epoll.h>" nogil:
     uint32_t EPOLLOUT
     uint32_t EPOLLERR
     uint32_t EPOLLHUP
+    uint32_t EPOLLPRI
+    uint32_t EPOLLRDHUP
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int value, int flags)
@@ -557,14 +558,11 @@ cdef void on_ready(World* w, uint64_t handle, uint32_t events) noexcept nogil:
             c.blocked = 0
             conn_dirty(w, c)
         if events & EPOLLIN:
-            relay_readable(w, c)
-        elif events & EPOLLERR or c.hold & HOLD_EOF:
+            relay_readable(w, c, events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR | EPOLLPRI) != 0)
+        elif events & EPOLLERR or (events & EPOLLHUP and c.hold & HOLD_EOF):
             # Gone in both directions: nothing can be answered any more.
             conn_doom(w, c, CLOSED_BY_PEER, 0)
-        elif events & EPOLLHUP:
-            # Held back and hung up: what it sent before is still read when it is released. (epoll
-            # cannot be told not to say so again.)
-            conn_unwatch(w, c)
+        # (Held back and hung up, it is read to its end once it is released.)
 
 
 cdef void run_timers(World* w) noexcept nogil:

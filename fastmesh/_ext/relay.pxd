@@ -15,7 +15,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from .slots cimport Slot
 from .world cimport Conn, Parked, World
 
-cdef void relay_readable(World* w, Conn* c) noexcept nogil
+# `to_end`: the event told of something that a short read might leave behind, so read until nothing comes
+cdef void relay_readable(World* w, Conn* c, bint to_end) noexcept nogil
 # connections that were held and have frames buffered
 cdef void relay_resume(World* w) noexcept nogil
 # every doomed connection: settle what hung on it, free it

@@ -12,6 +12,7 @@ from .conn cimport (
     conn_free,
     conn_handle,
     conn_hold,
+    conn_look_again,
     conn_of,
     conn_release,
     entry_drop,
@@ -71,6 +72,7 @@ from .counters cimport (
     P_SLOW_CONSUMERS,
     PUSHES,
     REQUESTS,
+    Row,
     hop_record,
     latency_index,
     row_of,
@@ -752,6 +754,7 @@ cdef void on_answer(World* w, Conn* c, FrameView* view) noexcept nogil:
     cdef Slot* slot = slot_for(w, c, view, &miss)
     cdef Conn* asker
     cdef Entry* e
+    cdef Row* row
     cdef uint64_t spent
     if unlikely(slot == NULL):
         w.counters.p[P_DROPPED + miss] += 1
@@ -793,12 +796,14 @@ cdef void on_answer(World* w, Conn* c, FrameView* view) noexcept nogil:
     e.received_ns = w.now_ns
     spent = w.now_ns - slot.sent_ns
     hop_record(w.counters, HOP_UPSTREAM, spent)
-    row_of(w.counters, slot.row).latency[latency_index(w.now_ns - slot.received_ns)] += 1
+    row = row_of(w.counters, slot.row)
+    row.latency[latency_index(w.now_ns - slot.received_ns)] += 1
+    row.c[block + C_ANSWERED] += 1
     if block == REQUESTS:
-        row_of(w.counters, c.endpoint.row).latency[latency_index(spent)] += 1
-        row_of(w.counters, c.endpoint.row).c[REQUESTS + C_ANSWERED] += 1
+        row = row_of(w.counters, c.endpoint.row)
+        row.latency[latency_index(spent)] += 1
+        row.c[REQUESTS + C_ANSWERED] += 1
         pool_answered(w, c.endpoint)
-    row_of(w.counters, slot.row).c[block + C_ANSWERED] += 1
     if slot.sampled:
         sample(w, slot, 0, w.now_ns)
     follow_stream(c, asker, view, slot.row, block)
@@ -1091,11 +1096,10 @@ cdef void on_eof(World* w, Conn* c) noexcept nogil:
 
 cdef int64_t take_in(World* w, Conn* c, iovec* iov, int count) noexcept nogil:
     """One recv. > 0 bytes, 0 = nothing more now (or the connection ended)."""
-    cdef int64_t n
-    w.counters.p[P_READS] += 1
-    n = c.io.recv(c, iov, count)
-    if n > 0 and c.lingering:
-        return 0
+    cdef int64_t n = -EINTR
+    while n == -EINTR:
+        w.counters.p[P_READS] += 1
+        n = c.io.recv(c, iov, count)
     if n > 0:
         world_clock(w)
         c.read_ms = w.now_ms
@@ -1108,14 +1112,23 @@ cdef int64_t take_in(World* w, Conn* c, iovec* iov, int count) noexcept nogil:
         return n
     if n == 0:
         on_eof(w, c)
-    elif n != -EAGAIN and n != -EINTR:
+    elif n != -EAGAIN:
         conn_doom(w, c, CLOSED_BY_PEER, <int>-n)
     return 0
 
 
-cdef int64_t read_to_area(World* w, Conn* c) noexcept nogil:
-    """Read behind the half frame's few bytes, handle what is whole, keep the rest. Returns bytes
-    read if the recv was full, else 0."""
+cdef int64_t throw_away(World* w, Conn* c, uint32_t* offered) noexcept nogil:
+    """What still comes after our last word. Returns as read_to_area()."""
+    cdef iovec iov
+    offered[0] = AREA_BYTES - w.area_used
+    iov.iov_base = w.area + w.area_used
+    iov.iov_len = offered[0]
+    return take_in(w, c, &iov, 1)
+
+
+cdef int64_t read_to_area(World* w, Conn* c, uint32_t* room) noexcept nogil:
+    """Read behind the half frame's few bytes, handle what is whole, keep the rest. Returns the bytes
+    of one recv, which was offered `room`; 0 = there is nothing more to read."""
     cdef iovec iov
     cdef uint8_t* base = w.area + w.area_used
     cdef uint32_t before = c.part_size
@@ -1124,6 +1137,7 @@ cdef int64_t read_to_area(World* w, Conn* c) noexcept nogil:
     cdef int64_t n
     if offered > READ_BYTES:
         offered = READ_BYTES
+    room[0] = offered
     if before:
         memcpy(base, c.part, before)
     iov.iov_base = base + before
@@ -1135,10 +1149,10 @@ cdef int64_t read_to_area(World* w, Conn* c) noexcept nogil:
     w.area_used += have
     used = feed(w, c, base, have)
     keep_part(w, c, base + used, have - used, used > 0)
-    return n if <uint32_t>n == offered else 0
+    return n
 
 
-cdef int64_t read_to_part(World* w, Conn* c) noexcept nogil:
+cdef int64_t read_to_part(World* w, Conn* c, uint32_t* offered) noexcept nogil:
     """Complete a long frame where it lies; what follows it goes to the area, in the same recv.
     Returns as read_to_area()."""
     cdef iovec[2] iov
@@ -1163,17 +1177,18 @@ cdef int64_t read_to_part(World* w, Conn* c) noexcept nogil:
         iov[1].iov_base = base
         iov[1].iov_len = behind
         count = 2
+    offered[0] = missing + behind
     n = take_in(w, c, iov, count)
     if n == 0:
         return 0
     if <uint64_t>n < missing:
         c.part_size += <uint32_t>n
-        return 0
+        return n
     c.part_size += missing
     behind = <uint32_t>n - missing
     w.area_used += behind
     if c.part_size < c.part_need:
-        return n        # its buffer was full: it grows and reads on
+        return n        # its buffer was full: it grows, and what is missing is read next
     # The frame may be whole. Whoever queues it takes the block over.
     block = c.part
     room = c.part_room
@@ -1205,23 +1220,27 @@ cdef int64_t read_to_part(World* w, Conn* c) noexcept nogil:
     if behind:
         used = feed(w, c, base, behind)
         keep_part(w, c, base + used, behind - used, True)
-    return n if <uint64_t>n == iov[0].iov_len + (iov[1].iov_len if count == 2 else 0) else 0
+    return n
 
 
-cdef void relay_readable(World* w, Conn* c) noexcept nogil:
+cdef void relay_readable(World* w, Conn* c, bint to_end) noexcept nogil:
     """Read until the kernel has no more, the connection had its share of the turn, or the area is
     full."""
     cdef uint64_t taken = 0
+    cdef uint32_t offered
     cdef int64_t n
     # (with `part_ready` its buffer holds whole frames, which relay_resume() takes first, in the next turn)
-    while c.state != CONN_DOOMED and c.hold == 0 and not c.part_ready and taken < READ_BYTES_PER_TURN:
-        if AREA_BYTES - w.area_used < 2 * PART_IN_AREA_BYTES:
-            return      # the engine flushes and comes again: the kernel still says "readable"
-        if c.part_size <= PART_IN_AREA_BYTES:
-            n = read_to_area(w, c)
+    while c.state != CONN_DOOMED and c.hold == 0 and not c.part_ready:
+        if taken >= READ_BYTES_PER_TURN or AREA_BYTES - w.area_used < 2 * PART_IN_AREA_BYTES:
+            conn_look_again(w, c)
+            return
+        if c.lingering:
+            n = throw_away(w, c, &offered)
+        elif c.part_size <= PART_IN_AREA_BYTES:
+            n = read_to_area(w, c, &offered)
         else:
-            n = read_to_part(w, c)
-        if n == 0:
+            n = read_to_part(w, c, &offered)
+        if n == 0 or (n < offered and not to_end):
             return
         taken += <uint64_t>n
 
@@ -1246,6 +1265,8 @@ cdef void relay_resume(World* w) noexcept nogil:
         memcpy(base, c.part, size)
         used = feed(w, c, base, size)
         keep_part(w, c, base + used, size - used, used > 0)
+        # what epoll reported since it was released was left lying behind these bytes
+        conn_look_again(w, c)
 
 
 # === timers of client connections =================================================================

@@ -113,7 +113,8 @@ cdef struct Budget:             # all buffers of one thread
 cdef struct Io:
     # A connection's I/O is these four: TLS, or a simulated network, is another set. recv and send
     # return bytes, 0 (recv: end of
-    # stream), or -errno; EAGAIN means "would block".
+    # stream), or -errno; EAGAIN means "would block". A recv that fills less than it was offered has
+    # left nothing behind (see conn_arm), unless the event told of an end or an urgent byte.
     int64_t (*recv)(Conn* conn, iovec* iov, int count) noexcept nogil
     int64_t (*send)(Conn* conn, iovec* iov, int count) noexcept nogil
     void (*shutdown)(Conn* conn) noexcept nogil
@@ -193,7 +194,6 @@ cdef struct Conn:
     # write queue
     Entry* head
     Entry* tail
-    uint8_t hung                # held, and its peer hung up: out of epoll meanwhile
     Entry* fresh                # the first that may lie in the read area
     uint64_t queued_bytes
     uint64_t own_bytes          # of these, answers and what the mesh made ...
@@ -308,7 +308,8 @@ cdef struct World:
     uint32_t free_count
     uint32_t conns_high
     uint32_t downstreams        # also read by the accepting thread
-    Conn* dirty
+    Conn* dirty                 # to be flushed, in the order in which they got something to send
+    Conn* dirty_tail            # its last one, while there is one
     Conn* doomed
     Conn* resume                # held connections that may go on with what they have buffered
     # memory of its own that the frame being handled lies in; NULL = the read area

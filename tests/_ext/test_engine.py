@@ -180,6 +180,57 @@ class TestForwarding:
             assert client.ended()
 
 
+class TestEdges:
+    """epoll tells once: whatever lies ready must be taken without another word from the peer."""
+
+    @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+    def test_more_than_a_turn_reads_and_then_the_end(self, family):
+        count, body = 3000, b"x" * 500  # about 1.6 MB: several shares of a turn
+        with Bed(family=family) as bed:
+            client = bed.client()
+            answerer = threading.Thread(target=echo, args=(bed.upstream(),))
+            answerer.start()
+            bed.engine._stall(50)
+
+            def send() -> None:
+                client.sendall(b"".join(bolt.request(i, "s", body) for i in range(count)))
+                client.sock.shutdown(socket.SHUT_WR)
+
+            sender = threading.Thread(target=send)
+            sender.start()
+            assert sorted(f.id for f in client.frames(count)) == list(range(count))
+            assert client.ended()
+            sender.join()
+            assert bed.row()["requests.answered"] == count
+        answerer.join()
+
+    def test_frames_on_both_sides_of_an_urgent_byte(self):
+        """A recv stops before such a byte although more lies behind it."""
+        with Bed() as bed:
+            client, uplink = bed.client(), bed.upstream()
+            bed.engine._stall(50)
+            client.sendall(bolt.request(1, "s", b"before"))
+            client.sock.send(b"!", socket.MSG_OOB)
+            client.sendall(bolt.request(2, "s", b"behind"))
+            assert [f.content for f in uplink.frames(2)] == [b"before", b"behind"]
+
+    def test_held_at_its_quota_again_and_again_it_is_still_read_to_the_end(self):
+        """Released, a client goes on with the frames it has buffered, and then with its socket."""
+        count = 300
+        with Bed(queue_bytes_max=65536, frame_timeout_ms=1000) as bed:
+            client, uplink = bed.client(), bed.upstream()
+            uplink.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+            frames = b"".join(bolt.request(i, "s", bytes(9000)) for i in range(count))
+            sender = threading.Thread(target=client.sendall, args=(frames,))
+            sender.start()
+            eventually(lambda: any("quota" in c["held"] for c in bed.connections()), "held")
+            answerer = threading.Thread(target=echo, args=(uplink,))
+            answerer.start()
+            assert {f.id for f in client.frames(count)} == set(range(count))
+            sender.join()
+        answerer.join()
+
+
 class TestRefusals:
     def test_no_route(self):
         with Bed(rule={"service": b"only.this"}) as bed:
