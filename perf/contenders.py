@@ -33,6 +33,7 @@ class Place:
     threads: int = 1
     connections: int = 64
     spin_us: int = 0
+    busy: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def _fastmesh(binary: str, place: Place) -> list[str]:
             upstream=place.upstream,
         )
     )
-    return [binary, "-m", "fastmesh", "run", "-c", str(config)]
+    module = "perf.busy" if place.busy else "fastmesh"
+    return [binary, "-m", module, "run", "-c", str(config)]
 
 
 def _find_fastmesh() -> str | None:

@@ -13,12 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from perf.host import ROOT
+from perf.scenarios import SCENARIOS
+from perf.targets import added, beside, cheapest_relay, paired, values, verdicts
 
 README = ROOT / "perf" / "README.md"
 PICTURES = ROOT / "perf" / "results" / "pictures"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-RELAYS = ("haproxy", "nginx", "envoy")
-ORDER = ("direct", "fastmesh", "haproxy", "nginx", "envoy", "mosn")
+ORDER = (
+    "direct",
+    "fastmesh",
+    *(beside(name) for name in SCENARIOS),
+    "haproxy",
+    "nginx",
+    "envoy",
+    "mosn",
+)
 COLOURS = {
     "direct": "#9aa0a6",
     "fastmesh": "#0b7a4b",
@@ -29,48 +38,15 @@ COLOURS = {
 }
 
 
-def values(scenario: dict[str, Any], contender: str, figure: str) -> list[float]:
-    """One figure of one contender, round by round; rounds without it are left out."""
-    found = [r[contender].get(figure) for r in scenario["rounds"] if contender in r]
-    return [float(value) for value in found if value is not None]
-
-
 def median(numbers: list[float]) -> float | None:
     return statistics.median(numbers) if numbers else None
 
 
-def paired(scenario: dict[str, Any], figure: str, left: str, right: str) -> list[float]:
-    """left / right of the same round: what the host did to both cancels out."""
-    ratios = []
-    for measured in scenario["rounds"]:
-        if left in measured and right in measured:
-            a, b = measured[left].get(figure), measured[right].get(figure)
-            if a is not None and b:
-                ratios.append(a / b)
-    return ratios
-
-
-def added(scenario: dict[str, Any], contender: str, figure: str) -> list[float]:
-    """Latency above the direct path of the same round."""
-    return [
-        measured[contender][figure] - measured["direct"][figure]
-        for measured in scenario["rounds"]
-        if contender in measured and "direct" in measured
-    ]
-
-
 def best_relay(scenario: dict[str, Any]) -> tuple[str, float] | None:
     """The relay with the least CPU per message, and fastmesh's paired ratio to it."""
-    costs = {
-        name: cost
-        for name in RELAYS
-        if (cost := median(values(scenario, name, "cpu_us_per_message"))) is not None
-    }
-    if not costs:
-        return None
-    best = min(costs, key=lambda name: costs[name])
-    ratio = median(paired(scenario, "cpu_us_per_message", "fastmesh", best))
-    return None if ratio is None else (best, ratio)
+    best = cheapest_relay(scenario)
+    ratio = median(paired(scenario, "cpu_us_per_message", "fastmesh", best)) if best else None
+    return (best, ratio) if best is not None and ratio is not None else None
 
 
 def errors(result: dict[str, Any]) -> list[str]:
@@ -183,7 +159,21 @@ def text(result: dict[str, Any]) -> str:
             cells = row + [""] * (len(HEAD) - len(row))
             lines.append("| " + " | ".join((first, *cells)) + " |")
             first = ""
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *targets(result)])
+
+
+def targets(result: dict[str, Any]) -> list[str]:
+    """Each target that the result can judge, in Markdown."""
+    lines = ["| scenario | target | bound | median (rounds) | |", "|--|--|--|--|--|"]
+    for verdict in verdicts(result):
+        digits = 4 if verdict.target.most < 0.01 else 0 if verdict.target.most > 10 else 2
+        bound = f"≤ {_number(verdict.target.most, min(digits, 3))}"
+        mark = verdict.text if verdict.text == "met" else f"**{verdict.text}**"
+        lines.append(
+            f"| {verdict.target.scenario} | {verdict.target.what} | {bound} "
+            f"| {_spread(verdict.rounds, digits)} | {mark} |"
+        )
+    return lines
 
 
 def publish(result: dict[str, Any], source: Path) -> None:
@@ -238,6 +228,10 @@ def picture(scenario: dict[str, Any]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def _colour(name: str) -> str:
+    return COLOURS.get(name, "#69ad8c")  # fastmesh, run another way
+
+
 def _panel(
     left: int,
     title: str,
@@ -256,7 +250,7 @@ def _panel(
             continue
         size = max(1.0, value / most * PANEL)
         parts.append(
-            f'<rect x="{left}" y="{y}" width="{size:.1f}" height="{BAR}" fill="{COLOURS[name]}"/>'
+            f'<rect x="{left}" y="{y}" width="{size:.1f}" height="{BAR}" fill="{_colour(name)}"/>'
         )
         label = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
         end = ends.get(name)
@@ -266,7 +260,7 @@ def _panel(
             middle = y + BAR / 2
             parts.append(
                 f'<path d="M{left + size:.1f} {middle}H{left + reach:.1f}m0 -5v10" '
-                f'stroke="{COLOURS[name]}" stroke-width="2" fill="none"/>'
+                f'stroke="{_colour(name)}" stroke-width="2" fill="none"/>'
             )
             label += f" / {end:,.0f}"
         parts.append(f'<text x="{left + reach + 6:.1f}" y="{y + 16}">{label}</text>')

@@ -3,6 +3,7 @@
     python -m perf.run                          everything, 5 rounds (make bench)
     python -m perf.run --rounds 7 --only c64,c1000
     python -m perf.run --only c64,fastmesh,haproxy
+    python -m perf.run --only c64 --into FILE   measure c64 and put it into FILE beside what is there
 
 Writes one JSON file under perf/results/, a picture per scenario, and the table in perf/README.md.
 """
@@ -21,6 +22,7 @@ from typing import Any
 from perf import host, report
 from perf.contenders import CONTENDERS, DIRECT, Place
 from perf.scenarios import SCENARIOS, Scenario
+from perf.targets import OURS, beside
 from perf.trial import Measurement, TrialError, contender_or_none, measure, syscalls_per_message
 
 ROUNDS = 5
@@ -78,8 +80,13 @@ def one_round(
     for name in contenders:
         if name in failed:
             continue
+        # fastmesh's run of a neighbouring scenario is a contender like any other
+        runs = SCENARIOS[scenario.beside] if name == beside(scenario.beside) else scenario
+        contender = (
+            CONTENDERS[OURS] if runs is not scenario else contender_or_none(name, CONTENDERS)
+        )
         try:
-            measured[name] = measure(contender_or_none(name, CONTENDERS), scenario, duration_ms)
+            measured[name] = measure(contender, runs, duration_ms)
         except TrialError as error:
             failed[name] = str(error)
             print(f"    {name}: {error}", flush=True)
@@ -109,6 +116,8 @@ def run_scenario(
     }
     for name, why in failed.items():
         print(f"    {name}: left out, {why}", flush=True)
+    if scenario.beside and OURS in contenders:
+        contenders = [*contenders, beside(scenario.beside)]
     kept: list[dict[str, Any]] = []
     discarded: list[str] = []
     for attempt in range(rounds * ATTEMPTS_PER_ROUND):
@@ -158,7 +167,7 @@ def _syscalls(
 ) -> dict[str, dict[str, float]]:
     counts = {}
     for name in contenders:
-        contender = contender_or_none(name, CONTENDERS)
+        contender = CONTENDERS.get(name)
         if contender is None or name in failed:
             continue
         try:
@@ -171,6 +180,27 @@ def _syscalls(
     return counts
 
 
+def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The result so far, ready for further scenarios. Another host, kernel, commit or length of
+    trials would make two results look like one: SystemExit.
+    """
+    for what, old, new in (
+        ("the host or commit", before["host"], now["host"]),
+        ("the length of a trial", before["duration_ms"], now["duration_ms"]),
+    ):
+        if old != new:
+            raise SystemExit(f"--into: {what} is another one: {old} there, {new} here")
+    return before | {
+        "contenders": before["contenders"] | now["contenders"],
+        "kept_stolen_rounds": before["kept_stolen_rounds"] or now["kept_stolen_rounds"],
+    }
+
+
+def in_order(scenarios: dict[str, Any]) -> dict[str, Any]:
+    """As the list has them, however the pieces came."""
+    return {name: scenarios[name] for name in SCENARIOS if name in scenarios}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -180,7 +210,13 @@ def main() -> None:
         "--only", default=os.environ.get("ONLY") or "", help="scenarios, contenders"
     )
     parser.add_argument("--duration-ms", type=int, default=DURATION_MS, help="of one trial")
-    parser.add_argument("--output", type=Path, help="default: perf/results/DATE-COMMIT.json")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, help="default: perf/results/DATE-COMMIT.json")
+    where.add_argument(
+        "--into",
+        type=Path,
+        help="a result to add to (or to begin): a long run in pieces, on this host and commit",
+    )
     parser.add_argument(
         "--no-syscalls", action="store_true", help="leave out the pass under strace"
     )
@@ -208,7 +244,10 @@ def main() -> None:
         print(f"{name}: {known.get('version') or known.get('missing', known['what'])}", flush=True)
     print(host.placement().describe(), flush=True)
     commit = str(result["host"]["commit"])
-    output = options.output or RESULTS / f"{now.strftime('%Y%m%d-%H%M')}-{commit}.json"
+    output = options.into or options.output
+    output = output or RESULTS / f"{now.strftime('%Y%m%d-%H%M')}-{commit}.json"
+    if options.into and options.into.exists():
+        result = continued(json.loads(options.into.read_text()), result)
     for name in scenarios:
         result["scenarios"][name] = run_scenario(
             SCENARIOS[name],
@@ -219,6 +258,7 @@ def main() -> None:
             keep_stolen=options.keep_stolen,
             syscalls=not options.no_syscalls,
         )
+        result["scenarios"] = in_order(result["scenarios"])
         # After each scenario: an interrupted run keeps what it has.
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n")

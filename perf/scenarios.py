@@ -20,7 +20,14 @@ class Scenario:
     spin_us: int = 0
     """fastmesh only; others run as they are."""
     idle_share: float = 0.0
-    """Set where memory per idle connection is read."""
+    """Set where memory and CPU of idle connections are read."""
+    busy: bool = False
+    """fastmesh only: while it is measured its metrics are scraped ten times a second, its
+    configuration is reloaded once a second, and a Python thread in its process burns 20 ms of every
+    100 ms.
+    """
+    beside: str = ""
+    """Another scenario that fastmesh runs in each round too, so that the two can be paired."""
 
     @property
     def connections(self) -> int:
@@ -54,8 +61,14 @@ SCENARIOS = {
             {"version": 2, "crc": True, "sizes": (16384,)},
         ),
         Scenario("rate20000", "open loop, 20 000/s over 64 connections, 256 B", {"rate": RATE}),
-        Scenario("unix", "64 × 1, 256 B, UNIX sockets on both sides", unix=True),
-        Scenario("threads2", "64 × 1, 256 B, two proxy threads", threads=2),
+        Scenario(
+            "busy",
+            "open loop, 20 000/s; fastmesh scraped, reloaded and with a busy Python thread",
+            {"rate": RATE},
+            busy=True,
+        ),
+        Scenario("unix", "64 × 1, 256 B, UNIX sockets on both sides", unix=True, beside="c64"),
+        Scenario("threads2", "64 × 1, 256 B, two proxy threads", threads=2, beside="c64"),
         Scenario(
             "mixed",
             "64 × 4, 64 B to 64 KiB mixed",

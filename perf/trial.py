@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ STOP_S = 5.0
 WARMUP_MS = 300
 STRACE_RATE = 2000.0
 """An open loop that a proxy under strace still keeps up with."""
+IDLE_MS = 1000
+SCRAPE_EVERY_S = 0.1
+SCRAPES_PER_RELOAD = 10
 EDGE_S = 0.02
 """CPU is read this long after the window opened and before it closes, so that both readings lie
 inside.
@@ -58,6 +61,8 @@ class Measurement:
     rss_bytes: int | None
     rss_ready_bytes: int | None
     rss_per_idle_connection_bytes: float | None
+    idle_cpu_share: float | None
+    """Of a core, for connections that say nothing: above the share without any."""
     connections: int
     answered: int
     errors: dict[str, int]
@@ -163,6 +168,7 @@ def stage(
             threads=scenario.threads,
             connections=connections or scenario.connections,
             spin_us=scenario.spin_us,
+            busy=scenario.busy,
         )
         log = folder / f"{contender.name}.log"
         proxy = stack.enter_context(
@@ -184,20 +190,20 @@ def measure(contender: Contender | None, scenario: Scenario, duration_ms: int) -
     places = host.placement(scenario.threads)
     connections = connections_possible(scenario.connections, host.raise_open_files())
     load = scenario.load | {"connections": connections}
-    with stage(contender, scenario, connections=connections) as (address, proxy, _):
+    with stage(contender, scenario, connections=connections) as (address, proxy, folder):
         pid = proxy.pid if proxy else None
         rss_ready = host.rss_bytes(pid) if pid else None
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, places.load)
-        try:
-            run = LoadRun(address, duration_ms=duration_ms, warmup_ms=WARMUP_MS, **load)
-            run.start()
-        finally:
-            os.sched_setaffinity(0, before)
-        cpu, share, rss = _watch(run, pid, duration_ms)
-        result = run.result()
+        idle = idle_cpu_share(pid, address, load, places) if pid and scenario.idle_share else None
+        disturbed = scenario.busy and contender is not None and contender.name == "fastmesh"
+        with disturbance(proxy, folder) if proxy and disturbed else nullcontext():
+            run = _start(
+                LoadRun(address, duration_ms=duration_ms, warmup_ms=WARMUP_MS, **load), places
+            )
+            cpu, share, rss = _watch(run, pid, duration_ms)
+            result = run.result()
     return _measurement(
         result,
+        idle=idle,
         scenario=scenario,
         cpu=cpu,
         share=share,
@@ -205,6 +211,96 @@ def measure(contender: Contender | None, scenario: Scenario, duration_ms: int) -
         rss_ready=rss_ready,
         connections=connections,
     )
+
+
+def _start(run: LoadRun, places: host.Placement) -> LoadRun:
+    """Its threads inherit the CPUs that this thread has at that moment."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, places.load)
+    try:
+        run.start()
+    finally:
+        os.sched_setaffinity(0, before)
+    return run
+
+
+def idle_cpu_share(
+    pid: int, address: str, load: dict[str, Any], places: host.Placement
+) -> float | None:
+    """CPU share of the proxy while all connections are open and one request a second is sent, less
+    its share without any connection.
+    """
+
+    def share(run: LoadRun | None) -> float:
+        start, used = time.monotonic(), host.cpu_ns(pid)
+        if run is None:
+            threading.Event().wait(IDLE_MS / 1000)
+        else:
+            run.wait(IDLE_MS / 1000)
+        return (host.cpu_ns(pid) - used) / 1e9 / (time.monotonic() - start)
+
+    alone = share(None)
+    run = _start(
+        LoadRun(address, duration_ms=IDLE_MS * 2, warmup_ms=WARMUP_MS, **load | {"rate": 1.0}),
+        places,
+    )
+    try:
+        while run.progress().state in {"new", "connecting", "warmup"}:
+            if run.wait(0.002):
+                return None
+        return share(run) - alone
+    finally:
+        run.stop()
+        run.wait()
+
+
+@contextmanager
+def disturbance(proxy: subprocess.Popen[bytes], folder: Path) -> Iterator[None]:
+    """Everything that an operator does to fastmesh, at once: scrapes and reloads. Raises TrialError
+    when they did not happen: an undisturbed run must not pass for a disturbed one.
+    """
+    over = threading.Event()
+    config = folder / "fastmesh.yaml"
+    done = {"scrapes": 0, "reloads": 0}
+    first = _config_version(folder)
+
+    def disturb() -> None:
+        while not over.wait(SCRAPE_EVERY_S):
+            _config_version(folder)
+            done["scrapes"] += 1
+            if done["scrapes"] % SCRAPES_PER_RELOAD == 0:
+                done["reloads"] += 1
+                # A real change each time, so that a new snapshot is built and published.
+                text = re.sub(
+                    r"weight: \d+", f"weight: {100 + done['reloads'] % 2}", config.read_text()
+                )
+                config.write_text(text)
+                proxy.send_signal(signal.SIGHUP)
+
+    worker = threading.Thread(target=disturb, name="disturbance")
+    worker.start()
+    try:
+        yield
+    finally:
+        over.set()
+        worker.join()
+    if not done["reloads"] or _config_version(folder) == first:
+        raise TrialError(f"the disturbance did not happen: {done}")
+
+
+def _config_version(folder: Path) -> int:
+    """Scrapes /metrics and returns the version of the configuration in force."""
+    with socket.socket(socket.AF_UNIX) as admin:
+        admin.settimeout(STOP_S)
+        admin.connect(f"{folder}/admin.sock")
+        admin.sendall(b"GET /metrics HTTP/1.1\r\nHost: perf\r\nConnection: close\r\n\r\n")
+        page = b""
+        while piece := admin.recv(1 << 16):
+            page += piece
+    found = re.search(rb'config_version="(\d+)"', page)
+    if found is None:
+        raise TrialError(f"no metrics: {page[:200]!r}")
+    return int(found[1])
 
 
 def _watch(
@@ -234,6 +330,7 @@ def _measurement(
     result: LoadResult,
     *,
     scenario: Scenario,
+    idle: float | None,
     cpu: float | None,
     share: float | None,
     rss: int | None,
@@ -257,6 +354,7 @@ def _measurement(
         rss_bytes=rss,
         rss_ready_bytes=rss_ready,
         rss_per_idle_connection_bytes=per_idle,
+        idle_cpu_share=idle,
         connections=result.connections,
         answered=result.answered,
         errors={kind: count for kind, count in result.errors.items() if count},

@@ -25,6 +25,7 @@ GOOD = trial.Measurement(
     rss_bytes=30 << 20,
     rss_ready_bytes=29 << 20,
     rss_per_idle_connection_bytes=None,
+    idle_cpu_share=None,
     connections=64,
     answered=1000,
     errors={},
@@ -269,7 +270,7 @@ def test_publish_replaces_only_what_is_between_the_markers(
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert text.count("| scenario |") == 1
+    assert text.count("| scenario | contender |") == 1
     picture = (tmp_path / "pictures" / "c64.svg").read_text()
     assert picture.count("<rect") >= 6
     assert "fastmesh" in picture
