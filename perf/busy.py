@@ -1,7 +1,8 @@
 """fastmesh with a Python thread that burns 20 ms of every 100 ms.
 
-Run as `python -m perf.busy run -c FILE`, for the scenario `busy` only. The thread stands for whatever
-Python code may ever run in the process; like every thread that fastmesh itself would start, it has the main thread's low priority.
+Run as `python -m perf.busy run -c FILE`, for the scenario `busy` only. The thread stands for
+whatever Python code may ever run in the process; like every thread that fastmesh itself would
+start, it has the main thread's low priority.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -52,6 +54,21 @@ static inline uint32_t fm_peer(int fd, uint8_t *room) {
     return (uint32_t)size;
 }
 
+/* An engine thread works for microseconds at a time. Asking the scheduler for slices that short lets a
+ * wake-up preempt whoever holds the processor, instead of waiting up to a whole slice of some 3 ms. It
+ * needs no privilege and changes nobody's share; Linux 6.12 introduced it, older kernels ignore it. */
+static inline void fm_short_slice(void) {
+    struct {
+        uint32_t size, policy;
+        uint64_t flags;
+        int32_t nice;
+        uint32_t priority;
+        uint64_t runtime_ns, deadline_ns, period_ns;
+    } attr = { .size = sizeof attr, .runtime_ns = 100000 };
+    attr.nice = getpriority(PRIO_PROCESS, 0);
+    (void)syscall(SYS_sched_setattr, 0, &attr, 0);
+}
+
 /* Engine threads take no signals: those belong to the main thread. SIGABRT stays open, because the
  * watchdog
  * makes a stuck thread print its own stack that way. */
@@ -60,6 +77,7 @@ static inline uint64_t fm_enter_thread(void) {
     sigfillset(&all);
     sigdelset(&all, SIGABRT);
     pthread_sigmask(SIG_SETMASK, &all, NULL);
+    fm_short_slice();
     return (uint64_t)pthread_self();
 }
 
