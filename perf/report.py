@@ -14,7 +14,15 @@ from typing import Any
 
 from perf.host import ROOT
 from perf.scenarios import SCENARIOS
-from perf.targets import added, beside, cheapest_relay, paired, values, verdicts
+from perf.targets import (
+    TARGETS,
+    added,
+    beside,
+    cheapest_relay,
+    paired,
+    values,
+    verdicts,
+)
 
 README = ROOT / "perf" / "README.md"
 PICTURES = ROOT / "perf" / "results" / "pictures"
@@ -47,6 +55,12 @@ def best_relay(scenario: dict[str, Any]) -> tuple[str, float] | None:
     best = cheapest_relay(scenario)
     ratio = median(paired(scenario, "cpu_us_per_message", "fastmesh", best)) if best else None
     return (best, ratio) if best is not None and ratio is not None else None
+
+
+def relay_target(name: str) -> float | None:
+    """What a message should cost at most there, as a share of the cheapest relay's CPU."""
+    found = [t.most for t in TARGETS if (t.scenario, t.kind, t.against) == (name, "cpu", "relays")]
+    return found[0] if found else None
 
 
 def errors(result: dict[str, Any]) -> list[str]:
@@ -180,7 +194,7 @@ def publish(result: dict[str, Any], source: Path) -> None:
     """The table between the markers of the README, and the pictures."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     for name, scenario in result["scenarios"].items():
-        (PICTURES / f"{name}.svg").write_text(picture(scenario))
+        (PICTURES / f"{name}.svg").write_text(picture(name, scenario))
     page = README.read_text()
     start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
     where = f"From [{source.name}](results/{source.name}).\n"
@@ -189,40 +203,66 @@ def publish(result: dict[str, Any], source: Path) -> None:
 
 # --- pictures -------------------------------------------------------------------------------------
 
-WIDTH, PANEL, BAR, GAP, LEFT, TOP = 900, 230, 22, 10, 90, 64
+WIDTH, PANEL, BAR, GAP, LEFT, TOP = 900, 210, 22, 10, 112, 88
 
 
-def picture(scenario: dict[str, Any]) -> str:
-    """Two panels of bars, shorter is better: proxy CPU per message, and latency (p50 solid, p99 as
-    a whisker).
+def headline(name: str, scenario: dict[str, Any]) -> str:
+    """The one sentence that a picture is about: fastmesh's CPU beside the cheapest relay's and
+    MOSN's.
     """
-    shown = [name for name in ORDER if values(scenario, name, "answered")]
-    height = TOP + len(shown) * (BAR + GAP) + 40
-    cpu = {name: median(values(scenario, name, "cpu_us_per_message")) for name in shown}
-    p50 = {name: median(values(scenario, name, "p50_us")) for name in shown}
-    p99 = {name: median(values(scenario, name, "p99_us")) for name in shown}
+    said = []
+    for against in (cheapest_relay(scenario), "mosn"):
+        ratio = median(paired(scenario, "cpu_us_per_message", "fastmesh", against or ""))
+        if ratio is not None:
+            said.append(f"{ratio:.2f} of {against}'s")
+    bound = relay_target(name)
+    target = f" (target, dashed: {bound:.2f} of the cheapest relay's)" if bound else ""
+    return f"fastmesh's CPU per message: {', '.join(said)}{target}" if said else ""
+
+
+def picture(name: str, scenario: dict[str, Any]) -> str:
+    """Two panels of bars, shorter is better: proxy CPU per message with a dashed line where
+    fastmesh should be, and latency (p50 solid, p99 as a whisker): added to the direct path in an
+    open loop, as it is in a closed one.
+    """
+    shown = [who for who in ORDER if values(scenario, who, "answered")]
+    height = TOP + len(shown) * (BAR + GAP) + 34
+    cpu = {who: median(values(scenario, who, "cpu_us_per_message")) for who in shown}
+    bars, ends, what = {}, {}, "latency"
+    for who in shown:
+        if "rate" not in scenario["load"]:
+            bars[who] = median(values(scenario, who, "p50_us"))
+            ends[who] = median(values(scenario, who, "p99_us"))
+        elif who != "direct":
+            what = "added latency"
+            bars[who] = median(added(scenario, who, "p50_us"))
+            ends[who] = median(added(scenario, who, "p99_us"))
+    bound, relay = relay_target(name), cheapest_relay(scenario)
+    wanted = bound * (cpu.get(relay) or 0.0) if bound and relay else None
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'font-family="sans-serif" font-size="13" fill="#222">',
+        f'font-family="DejaVu Sans, Verdana, sans-serif" font-size="13" fill="#222">',
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
         f'<text x="16" y="24" font-size="16" font-weight="bold">{escape(scenario["title"])}</text>',
+        f'<text x="16" y="46" fill="#0b7a4b">{escape(headline(name, scenario))}</text>',
     ]
     parts += _panel(
         LEFT, "proxy CPU per message, µs (shorter is better)", shown=shown, bars=cpu, ends={}
     )
     parts += _panel(
-        LEFT + 410,
-        "latency, µs: bar p50, line to p99 (shorter is better)",
-        shown=shown,
-        bars=p50,
-        ends=p99,
+        LEFT + 410, f"{what}, µs: bar p50, line to p99", shown=shown, bars=bars, ends=ends
     )
-    for at, name in enumerate(shown):
-        y = TOP + at * (BAR + GAP) + 16
-        weight = ' font-weight="bold"' if name == "fastmesh" else ""
+    if wanted is not None:
+        x = LEFT + wanted / (max(v for v in cpu.values() if v) or 1.0) * PANEL
+        bottom = TOP + len(shown) * (BAR + GAP) - GAP
         parts.append(
-            f'<text x="{LEFT - 8}" y="{y}" text-anchor="end"{weight}>{escape(name)}</text>'
+            f'<path d="M{x:.1f} {TOP - 4}V{bottom + 4}" stroke="#c0392b" stroke-width="1.5" '
+            f'stroke-dasharray="4 3"/>'
         )
+    for at, who in enumerate(shown):
+        y = TOP + at * (BAR + GAP) + 16
+        weight = ' font-weight="bold"' if who == "fastmesh" else ""
+        parts.append(f'<text x="{LEFT - 8}" y="{y}" text-anchor="end"{weight}>{escape(who)}</text>')
     note = f"{len(scenario['rounds'])} rounds, medians; {scenario['placement']}"
     parts.append(f'<text x="16" y="{height - 12}" font-size="11" fill="#777">{escape(note)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
@@ -241,7 +281,7 @@ def _panel(
     ends: dict[str, float | None],
 ) -> list[str]:
     most = max([v for v in (*bars.values(), *ends.values()) if v is not None], default=1.0) or 1.0
-    parts = [f'<text x="{left}" y="48" fill="#555">{escape(title)}</text>']
+    parts = [f'<text x="{left}" y="{TOP - 14}" fill="#555">{escape(title)}</text>']
     for at, name in enumerate(shown):
         value = bars.get(name)
         y = TOP + at * (BAR + GAP)

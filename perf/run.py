@@ -3,7 +3,7 @@
     python -m perf.run                          everything, 5 rounds (make bench)
     python -m perf.run --rounds 7 --only c64,c1000
     python -m perf.run --only c64,fastmesh,haproxy
-    python -m perf.run --only c64 --into FILE   measure c64 and put it into FILE beside what is there
+    python -m perf.run --only c64 --into FILE   put c64 beside what FILE has already
 
 Writes one JSON file under perf/results/, a picture per scenario, and the table in perf/README.md.
 """
