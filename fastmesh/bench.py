@@ -135,7 +135,10 @@ def run(
 
     Exit code 0: every request got its own answer, whole. 1: anything else, counted by kind.
     """
-    pairs = [tuple(header.partition("=")[::2]) for header in headers]
+    pairs = [header.partition("=") for header in headers]
+    for name, sign, _ in pairs:
+        if not name or not sign:
+            raise click.UsageError(f"--header {name + sign!r}: expected NAME=VALUE")
     try:
         load = LoadRun(
             target,
@@ -154,7 +157,7 @@ def run(
             crc=crc,
             timeout_ms=timeout_ms,
             service=service,
-            headers=[(name, value) for name, value in pairs],
+            headers=[(name, value) for name, _, value in pairs],
             seed=seed,
         )
     except (ValueError, OSError) as error:
@@ -283,7 +286,12 @@ def distribution(result: LoadResult) -> str:
     "--size", type=Sizes(), default="256", show_default=True, help="Bytes of a push's body."
 )
 @click.option("--timeout-ms", default=3000, show_default=True, help="Deadline in each push.")
-@click.option("--duration", default=0.0, help="End by itself after so many seconds.")
+@click.option(
+    "--duration",
+    type=click.FloatRange(0.0),
+    default=0.0,
+    help="End by itself after so many seconds; 0: never.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
 def serve(
     *,

@@ -49,6 +49,20 @@ def test_a_run_without_a_command_is_a_run_and_succeeds() -> None:
     assert "p99.9" in done.stdout
 
 
+def test_the_command_of_the_product_takes_an_address_at_once() -> None:
+    with serving() as (address, _):
+        done = subprocess.run(
+            [sys.executable, "-m", "fastmesh", "bench", address, *QUICK],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            cwd=ROOT,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "errors      none" in done.stdout
+
+
 def test_json_and_histogram() -> None:
     with serving() as (address, _):
         done = bench(address, *QUICK, "--json", "--histogram", "--size", "64,1k", "--crc")
@@ -85,7 +99,9 @@ def test_nobody_there() -> None:
         ("127.0.0.1:1", "--size", "x"),
         ("127.0.0.1:1", "--size", "7"),
         ("127.0.0.1:1", "-c", "0"),
+        ("127.0.0.1:1", "--header", "no-value"),
         ("serve", "--listen", "nowhere"),
+        ("serve", "--duration", "-1"),
     ],
     ids=" ".join,
 )
