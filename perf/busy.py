@@ -19,13 +19,14 @@ EVERY_S = 0.100
 
 def burn() -> None:
     """Hold the interpreter in pure Python, again and again, for as long as the process lives."""
+    never = threading.Event()
     own, of_main = threading.get_native_id(), threading.main_thread().native_id or 0
     while True:
         os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, of_main))
         until = time.monotonic() + BURN_S
         while time.monotonic() < until:
             pass
-        time.sleep(EVERY_S - BURN_S)
+        never.wait(EVERY_S - BURN_S)
 
 
 if __name__ == "__main__":
