@@ -285,6 +285,84 @@ ADMIN_CONNECTIONS_SHOWN_MAX = 1000
 STATUS_SAMPLES_MAX = 1024
 """Sampled requests kept for /v1/samples."""
 
+# --- registration ---------------------------------------------------------------------------------
+MESH_NAME_CHARS_MAX = 127
+"""Characters of an application, client, topic or group. RocketMQ: topic 127, group 255."""
+FILTER_CHARS_MAX = 1024
+"""Characters of a filter expression: hundreds of them fit one header section of 32767 bytes."""
+REGISTRATION_BODY_BYTES_MAX = 512 * 1024
+"""Bytes of one registration: its 256 groups with the longest names and filters need 390 KiB."""
+REGISTRATION_GROUPS_MAX = 256
+"""Groups of one client, and topics beside them. An application has a few, a test dozens."""
+REGISTRATION_CLIENTS_MAX = 1024
+"""Registrations of one application on one node: its processes, not its instances everywhere."""
+REGISTRATIONS_MAX = 4096
+"""Registrations of a node. Each is looked at once a second, for its lease."""
+GROUPS_MAX = 4096
+"""Different groups of a node: about as many as there are counter rows."""
+REGISTRATION_STATE_BYTES_MAX = 16 * MIB
+"""Bytes of all registrations together: they are written whole after each change."""
+LEASE_MS_MIN = 1000
+"""Shortest lease: it has to be renewed over HTTP before it ends."""
+LEASE_MS_MAX = DAY_MS
+"""Longest lease: what died without a word is forgotten within a day."""
+LEASE_MS = 30_000
+"""Lease that names no length. RocketMQ's clients renew every 30 s; Eureka expires after 90 s."""
+PREFETCH_MAX = 65535
+"""Unanswered deliveries per connection and group; AMQP's prefetch-count has 16 bits."""
+PREFETCH = 32
+"""Prefetch that names no number. RocketMQ pulls 32 at a time."""
+REGISTRATION_TICK_S = 1.0
+"""Between looks for leases that ran out."""
+REGISTRATION_STALL_S = 5.0
+"""A longer gap between two looks is our own absence (stopped, swapped out): nobody could renew
+then, so that time is given back to every lease."""
+REGISTRATION_SAVE_TIMEOUT_S = 5.0
+"""Until a request is told that the disk does not answer; a healthy one takes milliseconds."""
+REGISTRATION_RETRY_S = 1.0
+"""First delay before state that did not reach the disk is written again, doubled up to ..."""
+REGISTRATION_RETRY_S_MAX = 30.0
+"""... this."""
+
+# --- scheduling -----------------------------------------------------------------------------------
+# The compiled form has the same bounds (_ext/schedule.pxd).
+SCHEDULE_APPS_MAX = 1024
+"""Applications of a schedule: a node serves one or a few, a file for a whole site some hundreds."""
+SCHEDULE_NODES_MAX = 1024
+"""Nodes of an application: as many as a cluster has endpoints, and a decision may look at each."""
+SCHEDULE_RULES_MAX = 64
+"""Rules of an application: each is tried in turn for every delivery. Envoy advises tens a route."""
+SCHEDULE_MATCHES_MAX = 8
+"""Attributes and headers that one rule may ask for, as in a listener's rules."""
+SCHEDULE_RULE_NODES_MAX = 4096
+"""Nodes of all rules of an application together: 16 bytes each, and 5 for every group."""
+
+# --- the message mesh's protocol (docs/protocol/mesh-push.md) -------------------------------------
+HEADER_SECTION_BYTES_MAX = 32767
+"""Bytes of a header section: Bolt's length is 16 bits, which Java and JS read as signed."""
+MESSAGE_ID_BYTES_MAX = 128
+"""Bytes of fm.id. A UUID has 36; RocketMQ's message ids 32, AMQP's message-id at most 255."""
+MESSAGE_KEY_BYTES_MAX = 255
+"""Bytes of fm.key, fm.colour, fm.lane and fm.version; AMQP's short strings."""
+DELAY_MS_MAX = 40 * DAY_MS
+"""Longest fm.delay_ms. RocketMQ 5 allows 3 days, RabbitMQ's plug-in 49."""
+MESSAGE_RETRY_MS_MAX = DAY_MS
+"""Longest fm.retry_ms; the compiled reader refuses more (push.pxd)."""
+MESSAGE_HOPS_MAX = 255
+"""Of fm.hop; a forward makes it 1, and nobody forwards twice (push.pxd)."""
+NUMBER_MAX = 2**53 - 1
+"""Of fm.born_ms and fm.epoch: the whole numbers that JavaScript tells apart."""
+CREDIT_MAX = INT32_MAX
+"""Of fm.prefetch in an announce: a sum over connections; more is announced as this."""
+ANNOUNCE_PARTS_MAX = 256
+"""Frames of one announce: 4096 groups in two roles with the longest names and filters need 180."""
+REASON_BYTES_MAX = 256
+"""Bytes of fm.reason that are sent: a sentence for people. The engine's own have 128."""
+FILTER_TERMS_MAX = 16
+"""Terms of a filter expression; each is a look-up per message and group."""
+FILTER_VALUES_MAX = 64
+"""Alternatives in one term."""
+
 # --- observe --------------------------------------------------------------------------------------
 LOG_LINES_PER_S = 10
 """Lines per cause and second; the rest is a number on the next line."""
@@ -313,3 +391,160 @@ HOP_BUCKETS_S = (
     10.0,
 )
 """Seconds; bounds of fastmesh_hop_seconds: 1, 2, 5 from 0.1 ms to 10 s."""
+
+# --- embedded broker ------------------------------------------------------------------------------
+BROKER_STORE_BYTES_MAX = 16 * GIB
+"""Of a store, unless told otherwise: publishers are told "later" above. RocketMQ refuses at 90 % of
+the disk."""
+BROKER_STORE_RESERVE = 64 * MIB
+"""Bytes above that bound for positions and retries: what was accepted can still be consumed."""
+BROKER_WAL_PAGES = 4000
+"""Pages in the write-ahead log (16 MiB) after which they are moved to where they belong, which
+takes some 20 ms."""
+BROKER_WAL_BYTES_KEPT = 64 * MIB
+"""Bytes to which an overgrown write-ahead log is cut again."""
+BROKER_CHECK_BYTES_MAX = 256 * MIB
+"""Stores up to this size are checked page by page at start, which takes up to a second."""
+BROKER_IDS_REMEMBERED = 32768
+"""Message ids (at least; at most twice as many) in which a publish that comes again is recognised:
+more than a second of the fastest publisher. 200 B each."""
+BROKER_TAIL_BYTES_MAX = 32 * MIB
+"""Newest messages kept in memory, so that who keeps up never reads from disk."""
+BROKER_TAIL_MESSAGE_BYTES = 1024
+"""What a message in memory takes besides its content."""
+BROKER_READ_MESSAGES = 64
+"""Messages read from disk at once for a group that lags ..."""
+BROKER_READ_BYTES = MIB
+"""... and bytes: between the two the loop is held up for some tenths of a millisecond."""
+BROKER_PENDING_BYTES_MAX = 64 * MIB
+"""Published and not yet on disk, content and overhead; "later" above."""
+BROKER_BATCH_MESSAGES = 4096
+"""Messages in one transaction; the rest waits for the next, some 20 ms later."""
+BROKER_BATCH_BYTES = 16 * MIB
+"""Bytes in one transaction."""
+BROKER_CREDIT_MAX = 65535
+"""Deliveries unanswered on one connection and group: as many as its ids tell apart."""
+BROKER_RETRIES_MAX = 100_000
+"""Messages of one group waiting for another attempt; above, it gets nothing new until some are
+done. 200 B each."""
+BROKER_WAITING_MAX = 8192
+"""Messages of one ordered group that wait for the one before them; above, its other keys wait
+too. Each commit writes them down, 3 B each."""
+BROKER_PREPARED_MAX = 65536
+"""Messages prepared and neither committed nor rolled back; "later" above."""
+BROKER_CHECKS_MAX = 64
+"""Checks that are asked at a time: after a restart all may be due, each with its content."""
+BROKER_TURN_DELIVERIES = 2048
+"""Messages looked at for one group before the others have their turn."""
+BROKER_QUEUES_MAX = 64
+"""Queues of a topic; RocketMQ creates 4 to 16."""
+BROKER_TOPICS_MAX = 4096
+"""Topics of a broker: made by whoever publishes, so somebody has to stop it."""
+BROKER_GROUPS_MAX = 4096
+"""Groups of a broker, for the same reason."""
+BROKER_TRIM_MESSAGES = 500
+"""Messages of a queue deleted at once by retention, some 10 us each, so that nobody waits for it;
+twenty times a second is faster than anybody publishes."""
+BROKER_STOP_TIMEOUT_MS = 5000
+"""Until deliveries are answered after SIGTERM; RocketMQ clients wait as long."""
+BROKER_SWITCH_INTERVAL_S = 0.0005
+"""How long the loop's thread keeps the interpreter from the one that writes: Python's 5 ms are
+waited for at each statement, and group commits get ten times slower."""
+BROKER_CLOSE_TIMEOUT_S = 1.0
+"""Until the last answers are in the kernel and connections are closed."""
+BROKER_WRITE_TIMEOUT_S = 2.0
+"""Until what an operator changed is on disk."""
+BROKER_CONNECTIONS_MAX = 1000
+"""Connections: one per mesh process, and the tests' own."""
+BROKER_RING_BYTES = 16 * MIB
+"""Between the engine and Python, each way. Pages that nobody uses cost nothing."""
+BROKER_FRAME_BYTES_MAX = BROKER_RING_BYTES // 4 - 64 * 1024
+"""A frame fills at most a quarter of the ring; a delivery is a little larger than its publish."""
+BROKER_QUEUE_BYTES_MAX = 64 * MIB
+"""Answers and deliveries that a connection has not read yet; NATS MAX_PENDING 64 MiB."""
+BROKER_ENGINE_BYTES_MAX = 512 * MIB
+"""All buffers of the engine together."""
+BROKER_GC_THRESHOLD = 50_000
+"""New objects between two looks for cycles: messages have none, and a look walks over them all."""
+# --- the message mesh -----------------------------------------------------------------------------
+BROKERS_MAX = 64
+"""Brokers of a process: a bit each in the rules that name some of them."""
+BROKER_TOPICS_MAX = 1024
+"""Topic patterns of a broker."""
+GROUP_ID_MAX = 65535
+"""Numbers of groups in the engine: 16 bits."""
+CONTROL_TIMEOUT_MS = 3000
+"""Until a hello or announce of ours counts as unanswered; a broker answers within a turn."""
+CONTROL_RETRY_MS = 1000
+"""First delay before what was refused or not answered is said again, doubled up to ..."""
+CONTROL_RETRY_MS_MAX = 30_000
+"""... this."""
+ANNOUNCE_GAP_MS = 20
+"""Between two announces on one connection: a thousand clients that connect at once are a few of
+them, and nobody waits long enough to notice."""
+SUBSCRIBE_WAIT_MS = 3000
+"""Until a subscribe whose groups do not come into force is answered "later"; it takes 60 ms."""
+PEER_SILENT_INTERVALS = 3
+"""Heartbeats missed until a peer counts as having no consumer. SWIM and Consul: 3."""
+COMPILE_GAP_S = 0.05
+"""Between two snapshots that registrations, brokers or schedules ask for: compiling 4096 groups
+takes about as long."""
+PEERS_EXPECTED = 128
+"""Connections with other nodes that descriptors are kept for; more of them share with clients."""
+WATCH_INTERVAL_S = 0.25
+"""Between two looks at a watched file: in force within a second, and four stats a second."""
+EMPTY_POLLS = 20
+"""Looks at an empty list of brokers before it is believed (5 s): a file that is being rewritten, or
+a generator that lost its source, must not take a node off all brokers."""
+SCHEDULE_BYTES_MAX = MIB
+"""Bytes of a schedule, as of a configuration."""
+RATE_WINDOW_S = 10.0
+"""Over which the rates of /v1/topology are taken."""
+RATE_SAMPLES_MAX = 32
+"""Counter readings kept for it."""
+RATE_GAP_S = 0.4
+"""Between two of them: several viewers share one reading."""
+# --- client ---------------------------------------------------------------------------------------
+CLIENT_CHECKS_MAX = 16
+"""Checks of one publisher group answered at once: they come a few after a crash, not in floods."""
+CLIENT_THREADS_MAX = 64
+"""Threads for the plain handlers of one group; past that the GIL is all they wait for."""
+CLIENT_CONNECTIONS_MAX = 16
+"""Connections of one client. One carries tens of thousands of messages a second."""
+CLIENT_IN_FLIGHT_MAX = 1024
+"""Publishes unanswered at once; a quarter of what the mesh lets one connection have, so that what
+else the connection says is never refused for them."""
+CLIENT_WRITE_BYTES_MAX = MIB
+"""Bytes waiting for the mesh to read them, after which a publish waits before it is sent."""
+CLIENT_PUBLISH_TIMEOUT_MS = 5000
+"""Deadline of a publish that names none: one request to a broker and a retry."""
+CLIENT_CONTROL_TIMEOUT_MS = 3000
+"""Until hello, subscribe or suspend is answered; the mesh answers them itself."""
+CLIENT_CONNECT_TIMEOUT_MS = 2000
+"""Until a connection stands; the mesh is on this host."""
+CLIENT_START_TIMEOUT_MS = 10_000
+"""Until the client is registered, connected and subscribed: the mesh may be starting as well."""
+CLIENT_CLOSE_TIMEOUT_MS = 20_000
+"""For handlers to finish at close; Kubernetes grants 30 s in all."""
+CLIENT_CANCEL_TIMEOUT_MS = 1000
+"""For a handler to end after it was cancelled; one that refuses is left behind."""
+CLIENT_HTTP_TIMEOUT_MS = 5000
+"""For one registration request: the mesh writes it to disk before it answers."""
+CLIENT_HTTP_BODY_BYTES_MAX = MIB
+"""Bytes of an answer of the registration; errors of a hundred groups are some KiB."""
+CLIENT_LEASE_PARTS = 3
+"""A lease is renewed at this fraction of it, so that two renewals may fail."""
+CLIENT_BACKOFF_MS = 50
+"""First delay before the mesh is dialled again; it restarts within a second."""
+CLIENT_BACKOFF_MS_MAX = 3000
+"""Longest delay: a thousand clients are then some hundred attempts a second in all."""
+CLIENT_HEARTBEAT_MS = 15_000
+"""Own heartbeat on a connection where nothing was heard; bolt.tcp.heartbeat.interval 15 s."""
+CLIENT_LATER_MS = 100
+"""Before a publish that was told "later" without a time is tried again."""
+CLIENT_LATER_MS_MIN = 10
+"""Shortest wait after a "later", so that "at once" does not become a busy loop."""
+CLIENT_DECISIONS_MAX = 10_000
+"""Transactions whose fate is remembered for a check that comes after it was told."""
+CLIENT_FRAME_OVERHEAD_BYTES = 65536
+"""What a frame may carry besides its content: 32767 bytes of class, 32767 of headers, 28 fixed."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from fastmesh.config import Address, Secret
+from fastmesh.address import Address
+from fastmesh.config import Secret
 from fastmesh.errors import FastmeshError, UnavailableError
 
 TIMEOUT_S = 10.0
@@ -47,7 +48,10 @@ class AdminClient:
     def post(self, path: str) -> Any:
         return self._call("POST", path)
 
-    def _call(self, method: str, path: str) -> Any:
+    def put(self, path: str, body: bytes) -> Any:
+        return self._call("PUT", path, body)
+
+    def _call(self, method: str, path: str, body: bytes | None = None) -> Any:
         """The decoded answer. Raises UnavailableError, RefusedError."""
         at = self._address
         connection: http.client.HTTPConnection
@@ -57,16 +61,16 @@ class AdminClient:
             connection = http.client.HTTPConnection(at.host, at.port, timeout=self._timeout_s)
         headers = {"Authorization": f"Bearer {self._token.reveal()}"} if self._token else {}
         try:
-            connection.request(method, path, headers=headers)
+            connection.request(method, path, body, headers)
             answer = connection.getresponse()
-            body = answer.read()
+            data = answer.read()
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise UnavailableError(f"no fastmesh answers at {at}: {reason}") from error
         finally:
             connection.close()
         try:
-            decoded = msgspec.json.decode(body)
+            decoded = msgspec.json.decode(data)
         except msgspec.DecodeError as error:
             raise UnavailableError(f"what answers at {at} is not fastmesh") from error
         if answer.status >= 400 and path != "/readyz":

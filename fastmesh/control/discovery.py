@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 from fastmesh import limits
-from fastmesh.config import Address, Config
+from fastmesh.address import Address
+from fastmesh.config import Config
 
 Resolve = Callable[[str], Awaitable[list[str]]]
 
@@ -49,14 +50,25 @@ class Discovery:
             Address(host=ip, port=address.port) for ip in self._known.get(address.host, ())
         )
 
-    async def learn(self, config: Config, timeout_s: float = limits.RESOLVE_TIMEOUT_S) -> None:
-        """Make sure that every name was asked once; look-ups that are late go on by themselves."""
-        names = {name for name in _names(config) if name not in self._known}
+    async def learn(
+        self,
+        config: Config,
+        also: Iterable[Address] = (),
+        timeout_s: float = limits.RESOLVE_TIMEOUT_S,
+    ) -> None:
+        """Make sure that every name was asked once; look-ups that are late go on by themselves.
+        `also`: addresses that stand elsewhere."""
+        names = {name for name in _names(config, also) if name not in self._known}
         await self._ask(names, timeout_s)
 
-    async def refresh(self, config: Config, timeout_s: float = limits.RESOLVE_TIMEOUT_S) -> bool:
+    async def refresh(
+        self,
+        config: Config,
+        also: Iterable[Address] = (),
+        timeout_s: float = limits.RESOLVE_TIMEOUT_S,
+    ) -> bool:
         """Ask for all names again and forget those no longer used. True when an answer changed."""
-        names = set(_names(config))
+        names = set(_names(config, also))
         self._known = {name: ips for name, ips in self._known.items() if name in names}
         before = dict(self._known)
         await self._ask(names, timeout_s)
@@ -95,7 +107,6 @@ class Discovery:
         self._late.clear()
 
 
-def _names(config: Config) -> Iterable[str]:
-    return dict.fromkeys(
-        e.address.host for c in config.clusters for e in c.endpoints if not e.address.is_literal
-    )
+def _names(config: Config, also: Iterable[Address]) -> Iterable[str]:
+    listed = (e.address for c in config.clusters for e in c.endpoints)
+    return dict.fromkeys(a.host for a in (*listed, *also) if not a.is_literal)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fastmesh import limits
-from fastmesh.config import LOOPBACK_NAMES, Address
+from fastmesh.address import LOOPBACK_NAMES, Address
 from fastmesh.errors import ListenError
 
 

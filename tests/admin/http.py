@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from fastmesh.config import Address
+from fastmesh.address import Address
 
 
 class Reply:

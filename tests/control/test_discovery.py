@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from fastmesh import config
-from fastmesh.config import Address
+from fastmesh.address import Address
 from fastmesh.control.discovery import Discovery
 from tests.conftest import SMALL, LogLines
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmesh.config import Address
+from fastmesh.address import Address
 from fastmesh.control.listeners import Listeners, bind
 from fastmesh.errors import ListenError
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from fastmesh import limits
-from fastmesh.admin.auth import Gate, Refused, split_host
-from fastmesh.config import Address, Admin, Secret
+from fastmesh.address import Address
+from fastmesh.config import Admin, Secret
+from fastmesh.http.gate import Gate, Refused, split_host
 from tests.admin.http import ask, raw
 from tests.conftest import SMALL, LogLines
 from tests.fake_engine import Event

@@ -1,4 +1,4 @@
-"""Who may talk to the admin interface.
+"""Who may talk to a local HTTP interface (admin, registration).
 
 A UNIX socket is guarded by its mode and the peer's uid. On TCP, a browser that was lured here (DNS
 rebinding, a form posted across origins) is told by its Host and Origin; a token is asked for
@@ -14,9 +14,11 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from fastmesh import limits
-from fastmesh.config import LOOPBACK_NAMES, Admin
+from fastmesh.address import LOOPBACK_NAMES, Address
+from fastmesh.config import Secret
 
 _UCRED = struct.Struct("3i")
 
@@ -31,14 +33,29 @@ class Refused(Exception):
         super().__init__(reason)
 
 
+class Guarded(Protocol):
+    """What a section of the configuration says about an HTTP listener."""
+
+    @property
+    def listen(self) -> Address: ...
+    @property
+    def token(self) -> Secret | None: ...
+    @property
+    def hosts(self) -> tuple[str, ...]: ...
+
+
 class Gate:
     """Decides on one request at a time from its headers (lower-case names)."""
 
-    def __init__(self, admin: Admin, clock: Callable[[], float] = time.monotonic) -> None:
-        self._unix = admin.listen.is_unix
-        self._loopback = admin.listen.is_loopback
-        self._token = admin.token
-        self._names = {*LOOPBACK_NAMES, *admin.hosts}
+    def __init__(self, guarded: Guarded, clock: Callable[[], float] = time.monotonic) -> None:
+        """Raises ValueError where a token is needed and there is none: the configuration says that
+        in better words, but must not be the only one to look."""
+        if not guarded.listen.is_loopback and guarded.token is None:
+            raise ValueError(f"{guarded.listen} is not a loopback address: it needs a token")
+        self._unix = guarded.listen.is_unix
+        self._loopback = guarded.listen.is_loopback
+        self._token = guarded.token
+        self._names = {*LOOPBACK_NAMES, *guarded.hosts}
         self._clock = clock
         self._failures = 0
         self._failures_since = clock()

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import h11
+import msgspec
 
 from fastmesh import limits
 from fastmesh._version import __version__
-from fastmesh.admin.auth import Gate, Refused
+from fastmesh.config import Secret
+from fastmesh.http.gate import Gate, Refused
 from fastmesh.observe.log import Log, escape_remote
 
 JSON = "application/json"
@@ -47,15 +49,45 @@ class Answer:
 Handler = Callable[[Request], Awaitable[Answer]]
 
 
-class AdminServer:
-    """Serves on one listening socket from `start()` to `close()`."""
+def to_json(value: Any) -> bytes:
+    """One line; secrets redact themselves."""
+    return msgspec.json.encode(value, enc_hook=_hook) + b"\n"
+
+
+def _hook(value: Any) -> Any:
+    if isinstance(value, Secret):
+        return repr(value)
+    raise NotImplementedError(type(value).__name__)
+
+
+def error(status: int, reason: str, **more: Any) -> Answer:
+    """`{error: reason}` and more."""
+    headers = (("www-authenticate", "Bearer"),) if status == 401 else ()
+    return Answer(status, to_json({"error": reason, **more}), headers=headers)
+
+
+def wrong_method(*allowed: str) -> Answer:
+    words = ", ".join(allowed)
+    return Answer(405, error(405, f"use {words}").body, headers=(("allow", words),))
+
+
+class HttpServer:
+    """Serves on one listening socket from `start()` to `close()`; `name` tells it apart in the
+    log."""
 
     def __init__(
-        self, gate: Gate, handler: Handler, refuse: Callable[[int, str], Answer], log: Log
-    ):
+        self,
+        name: str,
+        gate: Gate,
+        handler: Handler,
+        log: Log,
+        *,
+        body_bytes_max: int = limits.ADMIN_BODY_BYTES_MAX,
+    ) -> None:
+        self.body_bytes_max = body_bytes_max
+        self._name = name
         self._gate = gate
         self._handler = handler
-        self._refuse = refuse
         self._log = log
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -87,8 +119,10 @@ class AdminServer:
         except asyncio.CancelledError:
             # Only close() cancels, and it waits for the transport to go.
             writer.transport.abort()
-        except Exception as error:  # a fault of ours must not end the server
-            self._log.limited("error", "admin fault", "admin fault", error=repr(error))
+        except Exception as fault:  # a fault of ours must not end the server
+            self._log.limited(
+                "error", f"{self._name} fault", f"{self._name} fault", error=repr(fault)
+            )
             writer.transport.abort()
         finally:
             self._tasks.discard(task)
@@ -101,19 +135,16 @@ class AdminServer:
         except Refused as refused:
             self._log.limited(
                 "warning",
-                f"admin {refused.status}",
-                "admin request refused",
+                f"{self._name} {refused.status}",
+                f"{self._name} request refused",
                 status=refused.status,
                 reason=refused.reason,
                 path=escape_remote(request.path.encode("latin-1")),
             )
             if refused.delay_s:
                 await asyncio.sleep(refused.delay_s)
-            return self._refuse(refused.status, refused.reason)
+            return error(refused.status, refused.reason)
         return await self._handler(request)
-
-    def refuse(self, status: int, reason: str) -> Answer:
-        return self._refuse(status, reason)
 
 
 class _TooLarge(Exception):
@@ -127,7 +158,7 @@ class _Conversation:
     """One connection."""
 
     def __init__(
-        self, server: AdminServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, server: HttpServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self.server = server
         self.reader = reader
@@ -145,14 +176,14 @@ class _Conversation:
                 if request is None:
                     return
                 answer = await self.server.answer(request)
-            except h11.RemoteProtocolError as error:
-                answer = self.server.refuse(error.error_status_hint, "not a request we understand")
+            except h11.RemoteProtocolError as wrong:
+                answer = error(wrong.error_status_hint, "not a request we understand")
             except _TooLarge as large:
-                answer = self.server.refuse(large.status, large.reason)
+                answer = error(large.status, large.reason)
             except TimeoutError:
                 if self.http.their_state is not h11.SEND_BODY:
                     return  # nothing was begun, or only a head dribbled in
-                answer = self.server.refuse(408, "too slow")
+                answer = error(408, "too slow")
             await self.write(answer)
             if self.http.our_state is not h11.DONE or self.http.their_state is not h11.DONE:
                 # MUST_CLOSE, or a request that was refused before it was whole.
@@ -185,14 +216,14 @@ class _Conversation:
                 # here.
                 if _head_bytes(event) > limits.ADMIN_HEAD_BYTES_MAX:
                     raise _TooLarge(431, limits.ADMIN_HEAD_BYTES_MAX)
-                if _length(event) > limits.ADMIN_BODY_BYTES_MAX:
+                if _length(event) > self.server.body_bytes_max:
                     # Before a byte of it is read.
-                    raise _TooLarge(413, limits.ADMIN_BODY_BYTES_MAX)
+                    raise _TooLarge(413, self.server.body_bytes_max)
                 until = loop.time() + limits.ADMIN_HEAD_TIMEOUT_S
             elif isinstance(event, h11.Data):
                 body += event.data
-                if len(body) > limits.ADMIN_BODY_BYTES_MAX:
-                    raise _TooLarge(413, limits.ADMIN_BODY_BYTES_MAX)
+                if len(body) > self.server.body_bytes_max:
+                    raise _TooLarge(413, self.server.body_bytes_max)
             elif isinstance(event, h11.EndOfMessage):
                 assert head is not None
                 return _request(head, bytes(body))
@@ -202,12 +233,13 @@ class _Conversation:
     async def write(self, answer: Answer) -> None:
         headers = [
             ("server", f"fastmesh/{__version__}"),
-            ("content-type", answer.content_type),
-            ("content-length", str(len(answer.body))),
             ("cache-control", "no-store"),
             ("x-content-type-options", "nosniff"),
             *answer.headers,
         ]
+        if answer.status != 204:  # which has neither (RFC 9110, 8.6)
+            headers.append(("content-type", answer.content_type))
+            headers.append(("content-length", str(len(answer.body))))
         if self.http.their_state is not h11.DONE:
             headers.append(("connection", "close"))
         if self.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
