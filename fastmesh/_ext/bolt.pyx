@@ -70,16 +70,8 @@ cdef enum:
     TYPE_REQUEST = 1
     TYPE_ONEWAY = 2
 
-    CMD_HEARTBEAT = 0
-    CMD_REQUEST = 1
-    CMD_RESPONSE = 2
-    CMD_GOAWAY = 100  # mosn
-
     VER2 = 1  # of the frames that the mesh makes
-    CODEC_HESSIAN = 1
-    SWITCH_CRC = 1
     SWITCH_MAX = 127
-    SIGNED16_MAX = 0x7FFF
     SIGNED32_MAX = 0x7FFFFFFF
     HEARTBEAT_TIMEOUT_MS = 3000  # what sofa-bolt-node sends; no peer that was read looks at it
     MADE_MAX = 26                # v2 response header and trailer
@@ -91,11 +83,6 @@ cdef enum:
     STATUS_TIMEOUT = 7
     STATUS_CODEC_EXCEPTION = 9
     STATUS_CONNECTION_CLOSED = 16
-
-    # hint: bits 0..1 proto, 8..15 ver1, 16..23 codec, 24..31 switch
-    HINT_VER1 = 8
-    HINT_CODEC = 16
-    HINT_SWITCH = 24
 
 
 cdef inline uint8_t kind_of(uint8_t type, uint16_t cmd) noexcept nogil:
@@ -210,7 +197,7 @@ cdef ParseStatus scan_frame(void* state, uint8_t* data, size_t n, const Limits* 
     total = <uint64_t>head + class_size + headers_size + content_size
     if ver1 == 2 and switches & SWITCH_CRC:
         view.checksum_at = <uint32_t>total
-        total += 4
+        total += TRAILER_SIZE
     if total > limits.frame_bytes_max:
         return refused(view, ERROR_TOO_LARGE)
     if n < total:
@@ -229,38 +216,6 @@ cdef ParseStatus scan_frame(void* state, uint8_t* data, size_t n, const Limits* 
     view.headers_at = <uint32_t>head + class_size
     view.headers_size = headers_size
     return PARSE_OK
-
-
-cdef inline int next_text(const uint8_t** at, const uint8_t* end, Span* text) noexcept nogil:
-    """1: a text, 0: null (length -1), -1: a length cut off, past the end or below -1."""
-    cdef uint32_t size
-    text.at = NULL
-    text.size = 0
-    if end - at[0] < 4:
-        return -1
-    size = get32(at[0])
-    at[0] += 4
-    if size == UINT32_MAX:
-        return 0
-    if size > <size_t>(end - at[0]):
-        return -1
-    text.at = at[0]
-    text.size = size
-    at[0] += size
-    return 1
-
-
-cdef inline int next_pair(const uint8_t** at, const uint8_t* end, Span* key,
-                          Span* value) noexcept nogil:
-    """1: a pair of texts, 0: one of them is null (both were read, as Java does), -1: malformed."""
-    cdef int a = next_text(at, end, key)
-    cdef int b
-    if a < 0:
-        return -1
-    b = next_text(at, end, value)
-    if b < 0:
-        return -1
-    return a & b
 
 
 cdef int find_service(const FrameView* view, Span* found) noexcept nogil:
@@ -321,17 +276,15 @@ cdef int patch_id(FrameView* view, const FrameId* id, uint8_t* scratch, Span* ou
     return 1
 
 
-cdef uint32_t write_response(uint32_t id, uint32_t hint, uint16_t cmd, uint16_t status,
-                             uint8_t* out) noexcept nogil:
-    """A response without payload: proto, ver1, codec and switch of the frame that gave the hint."""
-    cdef uint8_t proto = hint & 3
-    cdef uint8_t ver1 = (hint >> HINT_VER1) & 255
-    cdef uint8_t switches = hint >> HINT_SWITCH
+cdef uint32_t write_response_head(uint32_t id, uint32_t hint, uint16_t cmd, uint16_t status,
+                                  uint32_t class_size, uint32_t headers_size, uint32_t content_size,
+                                  uint8_t* out) noexcept nogil:
+    cdef uint8_t proto = hint & HINT_PROTO
     cdef uint8_t* at = out
     at[0] = proto
     at += 1
     if proto == 2:
-        at[0] = ver1
+        at[0] = (hint >> HINT_VER1) & 255
         at += 1
     at[0] = TYPE_RESPONSE
     put16(at + 1, cmd)
@@ -340,15 +293,31 @@ cdef uint32_t write_response(uint32_t id, uint32_t hint, uint16_t cmd, uint16_t 
     at[8] = (hint >> HINT_CODEC) & 255
     at += 9
     if proto == 2:
-        at[0] = switches
+        at[0] = <uint8_t>(hint >> HINT_SWITCH)
         at += 1
     put16(at, status)
-    memset(at + 2, 0, 8)  # the three lengths
-    at += 10
-    if ver1 == 2 and switches & SWITCH_CRC:
-        put32(at, crc32_of(0, out, <size_t>(at - out)))
-        at += 4
-    return <uint32_t>(at - out)
+    put16(at + 2, <uint16_t>class_size)
+    put16(at + 4, <uint16_t>headers_size)
+    put32(at + 6, content_size)
+    return <uint32_t>(at + 10 - out)
+
+
+cdef bint has_trailer(uint32_t hint) noexcept nogil:
+    return (hint >> HINT_VER1) & 255 == 2 and (hint >> HINT_SWITCH) & SWITCH_CRC
+
+
+cdef uint32_t write_trailer(uint8_t* frame, uint32_t size, uint32_t hint) noexcept nogil:
+    if not has_trailer(hint):
+        return size
+    put32(frame + size, crc32_of(0, frame, size))
+    return size + TRAILER_SIZE
+
+
+cdef uint32_t write_response(uint32_t id, uint32_t hint, uint16_t cmd, uint16_t status,
+                             uint8_t* out) noexcept nogil:
+    """A response without payload."""
+    cdef uint32_t size = write_response_head(id, hint, cmd, status, 0, 0, 0, out)
+    return write_trailer(out, size, hint)
 
 
 cdef uint32_t write_answer(const FrameId* id, uint32_t hint, int cause,
@@ -450,12 +419,6 @@ cdef dict CAUSES = {
 
 
 cdef class Copy:
-    """The input in an allocation of exactly its size: the sanitizer sees a byte read too far."""
-
-    cdef uint8_t* data
-    cdef size_t size
-    cdef FrameView view
-
     def __cinit__(self, data: bytes):
         self.size = PyBytes_GET_SIZE(data)
         self.data = <uint8_t*>malloc(self.size)

@@ -3,12 +3,13 @@
 import pytest
 
 from fastmesh._ext import bolt
-from tests.fuzz import fuzz_bolt, fuzz_toy, run
+from tests.fuzz import fuzz_bolt, fuzz_push, fuzz_toy, run
 from tests.fuzz.mutate import corpus
 from tests.support import cut, feed_three_ways, truncate_everywhere
 from tests.toy import toy
 
 BOLT = corpus("bolt")
+PUSH = corpus("push")
 TOY = corpus("toy")
 
 # What the files whose names begin so must come to: the corpus may grow, but not change sides.
@@ -40,6 +41,22 @@ BOLT_OUTCOMES = {
     "amqp": "protocol",
 }
 
+PUSH_OUTCOMES = {
+    **dict.fromkeys(("deliver", "forward", "hello", "subscribe", "announce", "publish"), "request"),
+    **dict.fromkeys(("suspend", "resume", "goaway", "check", "op_", "idempotent_0"), "request"),
+    **dict.fromkeys(("hop", "empty_values", "keys_beside", "mixed_stream"), "request"),
+    **dict.fromkeys(("consumed", "later", "result", "retry_ms_day"), "response"),
+    **dict.fromkeys(("retry_ms", "idempotent", "headers"), "headers"),
+    **dict.fromkeys(("hop_256", "hop_minus", "hop_empty", "hop_hex", "hop_without"), "headers"),
+    **dict.fromkeys(("op_missing", "op_upper_case", "other_class", "class_empty"), "none"),
+    **dict.fromkeys(("headers_empty", "headers_op_as_value", "sofa_request"), "none"),
+    **dict.fromkeys(("heartbeat", "result_missing"), "none"),
+    # Text is looked at by parse() only: the engine reads bytes.
+    "headers_not_utf8": "request",
+    "crc_wrong": "checksum",
+    "truncated": "need_more",
+}
+
 
 def scan_toy(data: bytes) -> toy.Scan:
     return toy.Connection("by_id").scan(data)
@@ -52,6 +69,15 @@ def test_bolt_input(name: str) -> None:
     assert outcome == BOLT_OUTCOMES[longest]
     for size in range(len(BOLT[name])):
         fuzz_bolt.check(BOLT[name][:size])
+
+
+@pytest.mark.parametrize("name", PUSH)
+def test_push_input(name: str) -> None:
+    outcome = fuzz_push.check(PUSH[name])
+    longest = max((key for key in PUSH_OUTCOMES if name.startswith(key)), key=len)
+    assert outcome == PUSH_OUTCOMES[longest]
+    for size in range(len(PUSH[name])):
+        fuzz_push.check(PUSH[name][:size])
 
 
 @pytest.mark.parametrize("name", TOY)
@@ -82,7 +108,12 @@ def test_toy_frames_truncated_and_in_pieces() -> None:
 
 
 @pytest.mark.parametrize(
-    ("protocol", "target"), [("bolt", fuzz_bolt.TestOneInput), ("toy", fuzz_toy.TestOneInput)]
+    ("protocol", "target"),
+    [
+        ("bolt", fuzz_bolt.TestOneInput),
+        ("push", fuzz_push.TestOneInput),
+        ("toy", fuzz_toy.TestOneInput),
+    ],
 )
 def test_the_fuzz_command_runs(protocol: str, target: object) -> None:
     assert run.main(protocol, target, argv=["--seconds", "0.1", "--own", "--seed", "1"]) == 0

@@ -1,0 +1,1 @@
+"""Protocols as they are spoken, above the bytes: words, grammars, limits."""
