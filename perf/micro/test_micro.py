@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fastmesh._ext import bolt, counters, crc32, load, route, slots
+from fastmesh._ext import bolt, counters, crc32, load, route, schedule, slots
 
 ROUNDS = 200_000
 REPEATS = 5
@@ -85,6 +85,27 @@ def test_route(benchmark: BenchmarkFixture, rules: int) -> None:
     frame = request(256)
     assert snapshot.find(0, frame) == (5 + rules, 0)
     timed(benchmark, lambda: snapshot.bench(0, frame, ROUNDS))
+
+
+@pytest.mark.parametrize("nodes", [2, 10, 300])
+@pytest.mark.parametrize("ordered", [False, True], ids=["in_turn", "by_key"])
+@pytest.mark.parametrize("by", ["weight", "rule", "header_rule"])
+def test_schedule(benchmark: BenchmarkFixture, nodes: int, ordered: bool, by: str) -> None:
+    """Which node takes a delivery. Weights: nothing stays, so that a peer is always looked for."""
+    peers = [(f"node-{number}", 100) for number in range(nodes - 1)]
+    uneven = [(name, 1 + number % 100) for number, (name, _) in enumerate(peers)]
+    compiled = schedule.Schedule(
+        [("here", 0), *peers],
+        rules=[([("colour", "blue")], uneven), ([("h.region", "eu")], uneven)],
+        local="here",
+        endpoints={name: number for number, (name, _) in enumerate(peers, 1)},
+    )
+    headers = {"fm.topic": "orders", "fm.group": "billing", "fm.id": "7f1c", "fm.key": "order-77"}
+    headers |= {"weight": {}, "rule": {"fm.colour": "blue"}, "header_rule": {"h.region": "eu"}}[by]
+    message = schedule.Message(headers)
+    reachable = bytes([1] * nodes)
+    rounds = ROUNDS // nodes
+    timed(benchmark, lambda: compiled.bench(message, reachable, rounds, ordered=ordered))
 
 
 def test_counters(benchmark: BenchmarkFixture) -> None:

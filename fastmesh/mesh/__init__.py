@@ -1,0 +1,1 @@
+"""Registration, groups, scheduling and forwarding of the message mesh."""
