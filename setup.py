@@ -20,11 +20,14 @@ ONLY = set(filter(None, os.environ.get("FASTMESH_ONLY", "").split(",")))
 MODULES = [
     "crc32",  # IEEE CRC-32 and its linear delta
     "bolt",  # SOFA Bolt frames
+    "push",  # what the message mesh reads of Bolt frames: needs bolt's functions, nothing needs it
     "timers",  # the timer wheel
     "slots",  # upstream request ids
     "counters",  # rows, histograms and their consistent copy
     "ring",  # one producer, one consumer, between Python and an engine thread
+    "schedule",  # which node of an application takes a delivery
     "route",  # the compiled snapshot
+    "groups",  # push groups: members, credit, keys, which node
     "conn",  # connections as bytes: read area, write queues, memory
     "pool",  # upstream connections and endpoint health
     "relay",  # frames: route, slot, patch, queue, answer

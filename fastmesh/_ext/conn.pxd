@@ -9,7 +9,7 @@ where the fd is closed.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from .world cimport CONN_DOOMED, ENTRY_ANSWER, ENTRY_OWN, Conn, Entry, Io, Link, World, iovec
+from .world cimport CONN_DOOMED, ENTRY_ANSWER, ENTRY_OWN, Conn, Entry, Io, Link, Notice, World, iovec
 
 # memory: every buffer of a thread is taken and given back here, so that memory_bytes_max counts
 # them all
@@ -24,6 +24,15 @@ cdef uint32_t world_random(World* w) noexcept nogil
 cdef int event_push(World* w, uint32_t kind, uint64_t a, uint64_t b, uint64_t c,
                     # 0, or -1 = ring full (nothing pushed, nothing counted)
                     const void* data, uint32_t size) noexcept nogil
+
+# Events that must not get lost: what finds the ring full is told in a later turn, in order. The
+# notice stays its owner's until it was told: a connection's (opened, gone) or a call's (answer).
+cdef void notice_tell(World* w, Notice* notice) noexcept nogil
+cdef void notices_retry(World* w) noexcept nogil
+cdef void notices_drop(World* w) noexcept nogil
+# `source`: listener or endpoint id; `role`: see Event in engine.pyi. False = no memory.
+cdef bint notice_opened(World* w, Conn* c, uint64_t source, uint64_t role) noexcept nogil
+cdef void notice_gone(World* w, Conn* c) noexcept nogil
 
 # life
 # owns fd from here on; NULL = no memory (fd still the caller's)
@@ -84,6 +93,7 @@ cdef inline void queue_append(World* w, Conn* c, Entry* e) noexcept nogil:
         c.fresh = e
     conn_dirty(w, c)
 
+cdef void queue_greeting(World* w, Conn* c, Entry* e) noexcept nogil
 cdef Entry* queue_own(World* w, Conn* c, const uint8_t* data, uint32_t size) noexcept nogil
 cdef void entry_free(World* w, Entry* e) noexcept nogil
 # withdraw: no byte of it was written, none will be

@@ -26,6 +26,7 @@ from .counters cimport (
     row_of,
 )
 from .ring cimport ring_push
+from .route cimport KIND_BROKER
 from .slots cimport slots_stop
 from .timers cimport timer_clear, timer_set
 from .world cimport (
@@ -37,6 +38,9 @@ from .world cimport (
     ENTRY_OWN,
     ENTRY_ONEWAY,
     ENTRY_REQUEST,
+    EVENT_ANSWER,
+    EVENT_GONE,
+    EVENT_OPENED,
     FLOW_OPEN,
     FLUSH_BYTES,
     HOLD_EOF,
@@ -48,8 +52,10 @@ from .world cimport (
     STAGE_BYTES,
     TIMER_CONN,
     Conn,
+    Delivery,
     Entry,
     Link,
+    Notice,
     World,
     iovec,
 )
@@ -200,6 +206,74 @@ cdef int event_push(World* w, uint32_t kind, uint64_t a, uint64_t b, uint64_t c,
         return -1
     w.notify_due = 1
     return 0
+
+
+cdef void notice_tell(World* w, Notice* n) noexcept nogil:
+    if w.untold == NULL and event_push(w, n.kind, n.a, n.b, n.c, NULL, 0) == 0:
+        return
+    n.waiting = 1
+    n.next = NULL
+    if w.untold == NULL:
+        w.untold = n
+    else:
+        w.untold_tail[0] = n
+    w.untold_tail = &n.next
+
+
+cdef void notices_retry(World* w) noexcept nogil:
+    cdef Notice* n
+    while w.untold != NULL:
+        n = w.untold
+        if event_push(w, n.kind, n.a, n.b, n.c, NULL, 0) != 0:
+            return
+        w.untold = n.next
+        n.waiting = 0
+        if n.kind == EVENT_ANSWER:
+            mem_give(w, n, sizeof(Delivery))    # which begins with its notice
+        elif n.kind == EVENT_GONE:
+            mem_give(w, n, sizeof(Notice))
+
+
+cdef bint notice_opened(World* w, Conn* c, uint64_t source, uint64_t role) noexcept nogil:
+    c.notice = <Notice*>mem_take(w, sizeof(Notice))
+    if c.notice == NULL:
+        return False
+    memset(c.notice, 0, sizeof(Notice))
+    c.notice.kind = EVENT_OPENED
+    c.notice.a = conn_handle(c)
+    c.notice.b = source
+    c.notice.c = role
+    notice_tell(w, c.notice)
+    return True
+
+
+cdef void notice_gone(World* w, Conn* c) noexcept nogil:
+    cdef Notice* n = c.notice
+    cdef Notice** link = &w.untold
+    if n == NULL:
+        return
+    c.notice = NULL
+    if not n.waiting:
+        n.kind = EVENT_GONE
+        notice_tell(w, n)
+        if not n.waiting:
+            mem_give(w, n, sizeof(Notice))
+        return
+    # Python never heard of it: then it need not hear of its end.
+    while link[0] != n:
+        link = &link[0].next
+    link[0] = n.next
+    if n.next == NULL:
+        w.untold_tail = link
+    mem_give(w, n, sizeof(Notice))
+
+
+cdef void notices_drop(World* w) noexcept nogil:
+    cdef Notice* n
+    while w.untold != NULL:
+        n = w.untold
+        w.untold = n.next
+        mem_give(w, n, sizeof(Delivery) if n.kind == EVENT_ANSWER else sizeof(Notice))
 
 
 # === life =========================================================================================
@@ -440,6 +514,22 @@ cdef Entry* queue_own(World* w, Conn* c, const uint8_t* data, uint32_t size) noe
     return e
 
 
+cdef void queue_greeting(World* w, Conn* c, Entry* e) noexcept nogil:
+    """The last frame of the queue, our hello, goes to its front: to a broker nothing has left yet,
+    because publishes that came while it connected wait for this."""
+    cdef Entry* before = c.head
+    c.greeted = 1
+    if before != e:
+        while before.next != e:
+            before = before.next
+        before.next = NULL
+        c.tail = before
+        e.next = c.head
+        c.head = e
+        c.fresh = e         # (what is behind it and in memory of its own is looked at in vain)
+    conn_dirty(w, c)
+
+
 cdef void link_settle(World* w, Entry* e) noexcept nogil:
     """The bytes of an entry leave their client's quota; a paused client whose queue drained reads
     on."""
@@ -657,7 +747,7 @@ cdef int flush_one(World* w, Conn* c) noexcept nogil:
     cdef uint64_t cap
     if c.state == CONN_DOOMED:
         return 0
-    if c.state != CONN_CONNECTING and not c.blocked:
+    if c.state != CONN_CONNECTING and not c.blocked and (c.kind != KIND_BROKER or c.greeted):
         while True:
             total = gather(w, c, iov, &count)
             if count == 0:

@@ -65,6 +65,10 @@ cdef enum:  # InRow # after the two blocks
     C_EJECTIONS = 39
     C_CONNECT_FAILED = 40
     C_SENT = 41              # requests that went to this endpoint
+    C_FORWARDED = 42         # deliveries of a group that went to a peer
+    C_STAYED = 43            # ... that should have, and no peer was reachable
+    C_OFFERED = 44           # ... that a peer refused before execution: offered here
+    C_LOOPS = 45             # forwards that had been forwarded before: refused
     C_CLOSED = 48            # + CloseReason
     ROW_COUNTERS = 64
 
@@ -99,6 +103,8 @@ cdef enum:  # InProcess # Counters.p: what belongs to no row
     P_SPINS = 40
     P_PARKED = 41            # gauge
     P_SAMPLES = 42
+    P_PUNTED = 43            # frames handed to Python
+    P_CALLS = 44             # requests that Python made
     PROCESS_COUNTERS = 64
 
 cdef enum:  # Hop

@@ -141,6 +141,10 @@ cdef dict row_names():
     names["ejections"] = C_EJECTIONS
     names["connect_failed"] = C_CONNECT_FAILED
     names["sent"] = C_SENT
+    names["forwarded"] = C_FORWARDED
+    names["stayed"] = C_STAYED
+    names["offered"] = C_OFFERED
+    names["loops"] = C_LOOPS
     names["closed.by_peer"] = C_CLOSED + CLOSED_BY_PEER
     names["closed.idle"] = C_CLOSED + CLOSED_IDLE
     names["closed.first_byte"] = C_CLOSED + CLOSED_FIRST_BYTE
@@ -197,6 +201,8 @@ cdef dict process_names():
         "spins": P_SPINS,
         "parked": P_PARKED,
         "samples": P_SAMPLES,
+        "punted": P_PUNTED,
+        "calls": P_CALLS,
     }
 
 

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from .counters import Reading
@@ -34,6 +35,14 @@ EVENT_KINDS: tuple[str, ...]
                     data=6 x u64 little-endian: received, sent, answered, forwarded (ns),
                     endpoint_id, asker handle
     stall           a=ms that one turn has been running
+    frame           a=handle, b=listener_id or endpoint_id, c=0 of a client, 1 of an upstream,
+                    data=the whole frame. Clients of push and forward listeners are not read on
+                    until reply()
+    opened          a=handle, b=listener_id or endpoint_id, c=0 client, 1 upstream; push, forward
+                    and punt listeners, brokers and peers only
+    gone            a=handle, b, c as opened; each opened has one, none is lost
+    answer          a=ticket of call_many(), b=0 answered, 1..7 Cause, 8 deadline; data=the response
+    group           a=group_id, b=live connections, c=credit (sum of their prefetch)
     drained         a=0                                    the thread has no downstream connection
     left
     stopped         a=0                                    the thread has ended
@@ -60,8 +69,13 @@ class Engine:
         watchdog: bool = True,
         first_generation: int = 1,
         seed: int = 0,
+        ring_bytes: int = 1048576,
     ) -> None:
-        """`first_generation` is a test hook (1..32767): where slot generations start."""
+        """`first_generation` is a test hook (1..32767): where slot generations start.
+
+        `ring_bytes`: room for commands and for events, each, per thread; a power of two. Pages that
+        nobody uses cost nothing. A frame that goes to Python fills at most a quarter of it.
+        """
     def start(self, snapshot: Snapshot) -> None:
         """Create the threads and give them their first snapshot. Call before the main thread lowers
         its priority."""
@@ -87,6 +101,22 @@ class Engine:
     def send(self, handle: int, data: bytes) -> None:
         """Queue bytes on a connection. A stale handle is counted and ignored."""
     def close(self, handle: int) -> None: ...
+    def send_many(self, frames: Sequence[tuple[int, bytes]]) -> int:
+        """Queue bytes on connections of thread 0, (handle, bytes) each. Returns how many were
+        taken: the rest did not fit and may be given again."""
+    def call_many(self, calls: Sequence[tuple[int, int, bytes, int]]) -> int:
+        """Requests of our own on connections of thread 0: (handle, ticket, frame, timeout_ms). The
+        frame's id is replaced; the outcome is one event "answer" with that ticket. Returns how many
+        were taken. The first one to a broker is the hello: nothing leaves before it."""
+    def reply(self, handle: int, data: bytes, greet: bool = False) -> None:
+        """Answer a control frame of a client and read on from it. `data` may be b"" (a one-way
+        frame). `greet`: from now on it may publish and forward."""
+    def subscribe(self, handle: int, groups: Sequence[tuple[int, int]]) -> None:
+        """(group_id, prefetch): the whole set of this client connection; [] = none. Ids that are
+        not in the snapshot in force are passed over."""
+    def peer_groups(self, endpoint_id: int, group_ids: Sequence[int]) -> None:
+        """What the peer behind that endpoint has live consumers for. Forgotten when its last
+        connection ends."""
     def verdict(self, ticket: int, cluster_id: int | None) -> None:
         """Release a parked frame to its rule's cluster (-1), to another one, or refuse it as
         overload (None)."""

@@ -4,6 +4,7 @@
 import os
 import socket
 import threading
+from array import array
 from typing import NamedTuple
 
 from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOMEM, errno
@@ -26,6 +27,9 @@ from .conn cimport (
     flush_all,
     mem_give,
     mem_take,
+    notice_opened,
+    notices_drop,
+    notices_retry,
     queue_own,
     world_clock,
 )
@@ -53,10 +57,19 @@ from .counters cimport (
     row_of,
 )
 from .frame cimport VIEW_PARTS
-from .pool cimport pool_conn_due, pool_connected, pool_endpoint_due, pool_stop, pool_sync
+from .groups cimport groups_join, groups_ready, groups_stop, groups_sync, groups_tell
+from .pool cimport (
+    pool_conn_due,
+    pool_connected,
+    pool_endpoint_due,
+    pool_peer_groups,
+    pool_stop,
+    pool_sync,
+)
 from .relay cimport (
     relay_abort,
     relay_bury,
+    relay_call,
     relay_client_due,
     relay_parked_due,
     relay_readable,
@@ -65,22 +78,26 @@ from .relay cimport (
     relay_verdict,
 )
 from .ring cimport Record, record_payload, ring_peek, ring_pop, ring_push, ring_start, ring_stop
-from .route cimport BIND_PER_CLIENT, ListenerRoutes, Snapshot, SnapshotData
+from .route cimport BIND_PER_CLIENT, KIND_PUSH, KIND_RELAY, ListenerRoutes, Snapshot, SnapshotData
 from .slots cimport Slot, slots_start
 from .timers cimport Timer, wheel_due, wheel_sleep_ms, wheel_start
 from .world cimport (
     ACCEPTS_PER_TURN,
     AREA_BYTES,
     COMMAND_ABORT,
+    COMMAND_CALL,
     COMMAND_CLOSE,
     COMMAND_DRAIN,
     COMMAND_DUMP,
     COMMAND_FAIL_ALLOC,
     COMMAND_LISTEN,
+    COMMAND_PEER_GROUPS,
     COMMAND_PUBLISH,
+    COMMAND_REPLY,
     COMMAND_SEND,
     COMMAND_STALL,
     COMMAND_STOP,
+    COMMAND_SUBSCRIBE,
     COMMAND_UNLISTEN,
     COMMAND_VERDICT,
     CONN_CONNECTING,
@@ -94,8 +111,10 @@ from .world cimport (
     EVENT_SNAPSHOT,
     EVENT_STOPPED,
     EVENTS_PER_TURN,
+    HOLD_CONTROL,
     HOLD_EOF,
     HOLD_SHORTAGE,
+    HOME_THREAD,
     IDS,
     PART_IN_AREA_BYTES,
     ROLE_DOWNSTREAM,
@@ -113,6 +132,7 @@ from .world cimport (
     ConnInfo,
     Dump,
     Endpoint,
+    Group,
     Parked,
     World,
 )
@@ -169,8 +189,6 @@ cdef extern from "atomics.h" nogil:
     bint unlikely "fm_unlikely"(bint x)
 
 cdef enum:
-    # commands and events, each way and thread: pages that nobody uses cost nothing
-    RING_BYTES = 1 << 20
     INBOX_BYTES = 1 << 16         # accepted descriptors on their way to another thread
     ACCEPT_AGAIN_MS = 100         # after a shortage of descriptors
     REFUSE_PERCENT = 90           # of the memory budget: no new connections
@@ -179,12 +197,15 @@ cdef enum:
     WATCH_MS = 100                # the watchdog's tick
     STUCK_TICKS = 50              # ticks in one and the same turn until it aborts the process
     DUMP_MAX = 10000
+    RING_BYTES_MIN = 1 << 16
+    RING_BYTES_MAX = 1 << 30
+    UNTOLD_LOOK_MS = 10           # how often events that found the ring full are tried again
     COPY_LOOKS = 200              # of 1 ms, at a thread that owes a copy of its counters
 
 
 # === life of a world ==============================================================================
 
-cdef int world_start(World* w) noexcept nogil:
+cdef int world_start(World* w, uint64_t ring_bytes) noexcept nogil:
     cdef Conn* wake
     w.epfd = w.wake_fd = w.reserve_fd = -1
     world_clock(w)
@@ -196,11 +217,12 @@ cdef int world_start(World* w) noexcept nogil:
     w.listener_of = <const ListenerRoutes**>calloc(IDS, sizeof(void*))
     w.cluster_of = <Cluster**>calloc(IDS, sizeof(void*))
     w.endpoint_of = <Endpoint**>calloc(IDS, sizeof(void*))
+    w.group_of = <Group**>calloc(IDS, sizeof(void*))
     if w.counters == NULL or w.area == NULL or w.stage == NULL or w.buckets == NULL or w.listener_of == NULL or \
-            w.cluster_of == NULL or w.endpoint_of == NULL:
+            w.cluster_of == NULL or w.endpoint_of == NULL or w.group_of == NULL:
         set_errno(ENOMEM)
         return -1
-    if ring_start(&w.commands, RING_BYTES) != 0 or ring_start(&w.events, RING_BYTES) != 0 or \
+    if ring_start(&w.commands, ring_bytes) != 0 or ring_start(&w.events, ring_bytes) != 0 or \
             ring_start(&w.inbox, INBOX_BYTES) != 0:
         set_errno(ENOMEM)
         return -1
@@ -227,6 +249,7 @@ cdef void world_free(World* w) noexcept nogil:
     free(w.listener_of)
     free(w.cluster_of)
     free(w.endpoint_of)
+    free(w.group_of)
     free(w.dump)
     free(w.conns)
     free(w.generations)
@@ -262,11 +285,12 @@ cdef void take_snapshot(World* w, const SnapshotData* s) noexcept nogil:
     world_clock(w)      # the connects that begin here are timed from now
     w.snapshot = s
     w.budget.max = s.limits.memory_bytes_max // w.threads
-    if pool_sync(w, s) != 0:
+    if groups_ready(w, s) != 0 or pool_sync(w, s) != 0:
         # No memory even for this: the old one stays in force, and `version` shows it.
         w.snapshot = old
         event_push(w, EVENT_SNAPSHOT, s.version, 1, 0, NULL, 0)
         return
+    groups_sync(w, s)
     if old != NULL:
         for i in range(old.listeners_count):
             w.listener_of[old.listeners[i].id] = NULL
@@ -309,6 +333,7 @@ cdef void adopt(World* w, int fd, uint32_t listener) noexcept nogil:
     c.codec = routes.codec
     c.listener = listener
     c.row = routes.row
+    c.kind = routes.kind
     c.state = CONN_DRAINING if w.draining else CONN_OPEN
     c.cut_through = may_cut_through(w, routes)
     slots_start(&c.sent, w.snapshot.limits.in_flight_max, w.first_generation)
@@ -317,7 +342,8 @@ cdef void adopt(World* w, int fd, uint32_t listener) noexcept nogil:
         if c.codec_state != NULL:
             memset(c.codec_state, 0, c.codec.state_bytes)
     fm_nodelay(fd)
-    if (c.codec.state_bytes and c.codec_state == NULL) or conn_arm(w, c, EPOLLIN) != 0:
+    if (c.codec.state_bytes and c.codec_state == NULL) or conn_arm(w, c, EPOLLIN) != 0 or \
+            (c.kind != KIND_RELAY and not notice_opened(w, c, listener, 0)):
         conn_free(w, c)
         add32(&w.downstreams, <uint32_t>-1)
         return
@@ -382,6 +408,8 @@ cdef void accept_some(World* w, Conn* listener) noexcept nogil:
                 event_push(w, EVENT_REFUSED, listener.listener, total, short_of_memory, NULL, 0)
             close(fd)
             continue
+        if w.listener_of[listener.listener] != NULL and w.listener_of[listener.listener].kind != KIND_RELAY:
+            to = &w.worlds[HOME_THREAD]
         add32(&to.downstreams, 1)
         if to != w:
             if ring_push(&to.inbox, 1, listener.listener, <uint64_t>fd, 0, NULL, 0) == 0:
@@ -479,12 +507,27 @@ cdef void stop_world(World* w) noexcept nogil:
         ring_pop(&w.inbox)
         r = ring_peek(&w.inbox)
     pool_stop(w)
+    groups_stop(w)
+    notices_drop(w)
     while w.free_entries != NULL:
         entry = w.free_entries
         w.free_entries = entry.next
         mem_give(w, entry, sizeof(entry[0]))
     w.ended = 1
     event_push(w, EVENT_STOPPED, 0, 0, 0, NULL, 0)
+
+
+cdef void reply(World* w, Conn* c, const Record* r) noexcept nogil:
+    """The answer to a control frame leaves, and what its sender sent behind it is read."""
+    if c == NULL or c.kind == KIND_RELAY:
+        w.counters.p[P_STALE_HANDLE] += 1
+        return
+    if r.size and queue_own(w, c, record_payload(r), r.size) == NULL:
+        conn_doom(w, c, CLOSED_MEMORY, 0)
+        return
+    if r.b:
+        c.greeted = 1
+    conn_release(w, c, HOLD_CONTROL)
 
 
 cdef void run_commands(World* w) noexcept nogil:
@@ -517,6 +560,22 @@ cdef void run_commands(World* w) noexcept nogil:
                 w.counters.p[P_STALE_HANDLE] += 1
             else:
                 conn_doom(w, c, CLOSED_BY_COMMAND, 0)
+        elif r.kind == COMMAND_REPLY:
+            reply(w, conn_of(w, r.a), r)
+        elif r.kind == COMMAND_CALL:
+            relay_call(w, r.a, r.b, r.c, record_payload(r), r.size)
+        elif r.kind == COMMAND_SUBSCRIBE:
+            c = conn_of(w, r.a)
+            if c == NULL or c.kind != KIND_PUSH:
+                w.counters.p[P_STALE_HANDLE] += 1
+            elif c.hold & HOLD_EOF or c.lingering:
+                pass        # it has left its groups: it can answer nothing any more
+            elif groups_join(w, c, <const uint32_t*>record_payload(r), r.size // 8) != 0:
+                conn_doom(w, c, CLOSED_MEMORY, 0)
+        elif r.kind == COMMAND_PEER_GROUPS:
+            if r.a < IDS and w.endpoint_of[r.a] != NULL:
+                # (without memory it goes on with what the peer said before)
+                pool_peer_groups(w, w.endpoint_of[r.a], <const uint32_t*>record_payload(r), r.size // 4)
         elif r.kind == COMMAND_VERDICT:
             relay_verdict(w, r.a, r.b, <int>r.c)
         elif r.kind == COMMAND_DUMP:
@@ -620,6 +679,8 @@ cdef int wait_ready(World* w, epoll_event* events) noexcept nogil:
         sleep_ms = wheel_sleep_ms(&w.wheel, w.now_ms)
         if sleep_ms < 0 or sleep_ms > SLEEP_MS_MAX:
             sleep_ms = SLEEP_MS_MAX
+        if unlikely(w.untold != NULL or w.groups_changed) and sleep_ms > UNTOLD_LOOK_MS:
+            sleep_ms = UNTOLD_LOOK_MS
     w.counters.p[P_WAITS] += 1
     if w.spin_ns and sleep_ms and w.gap_ns < 2 * w.spin_ns:
         # Waking a sleeping thread costs more than the work: look again for a while before lying
@@ -643,6 +704,10 @@ cdef void tell_main(World* w) noexcept nogil:
     if w.draining == 1 and load32(&w.downstreams) == 0:
         if event_push(w, EVENT_DRAINED, 0, 0, 0, NULL, 0) == 0:
             w.draining = 2
+    if unlikely(w.untold != NULL):
+        notices_retry(w)
+    if unlikely(w.groups_changed):
+        groups_tell(w)
     w.counters.p[P_STALLS] = load64(&w.stalls)
     counters_copy(w.counters)
     if w.notify_due:
@@ -657,6 +722,7 @@ cdef void turn(World* w, epoll_event* events) noexcept nogil:
     if w.ended:
         return
     relay_resume(w)
+    relay_bury(w)       # what it queued still lies in the area: it must go elsewhere before that is reused
     flush_all(w)
     tell_main(w)
     store64(&w.awake, 0)
@@ -734,11 +800,12 @@ class Event(NamedTuple):
 EVENT_KINDS = (
     "", "snapshot", "endpoint_up", "endpoint_down", "ejected", "restored", "closed", "refused",
     "accept_paused", "parked", "sample", "stall", "drained", "stopped",
+    "frame", "opened", "gone", "answer", "group",
 )
 STATES = ("connecting", "open", "draining", "closing")
 HOLDS = (
     (1, "quota"), (2, "slow_reader"), (4, "parked"), (8, "events"), (16, "half_closed"),
-    (32, "order"), (64, "shortage"),
+    (32, "order"), (64, "shortage"), (128, "control"),
 )
 
 
@@ -756,6 +823,11 @@ def address_text(raw: bytes) -> str:
     return f"unix:{name}" if name else "unix"
 
 
+cdef bytes uint32s(object numbers):
+    """As an array of the machine's own."""
+    return array("I", numbers).tobytes()
+
+
 cdef class Engine:
     cdef World* worlds
     cdef uint32_t count
@@ -769,7 +841,7 @@ cdef class Engine:
     cdef bint _started, _stopped, _watch
 
     def __cinit__(self, *, int threads=1, int spin_us=0, uint64_t memory_bytes_max=536870912, bint watchdog=True,
-                  int first_generation=1, uint64_t seed=0):
+                  int first_generation=1, uint64_t seed=0, uint64_t ring_bytes=1048576):
         cdef uint32_t i
         cdef World* w
         self.event_fd = -1
@@ -779,6 +851,10 @@ cdef class Engine:
             raise ValueError(f"spin_us: {spin_us} is not in 0..1000000")
         if not 1 <= first_generation <= 0x7fff:
             raise ValueError(f"first_generation: {first_generation} is not in 1..32767")
+        if not RING_BYTES_MIN <= ring_bytes <= RING_BYTES_MAX or ring_bytes & (ring_bytes - 1):
+            raise ValueError(
+                f"ring_bytes: {ring_bytes} is no power of two in {RING_BYTES_MIN}..{RING_BYTES_MAX}"
+            )
         self._threads = []
         self._snapshots = []
         self._watch = watchdog
@@ -801,7 +877,7 @@ cdef class Engine:
             w.first_generation = <uint16_t>first_generation
             w.random = (seed or int.from_bytes(os.urandom(7), "little")) + i + 1
             w.budget.max = memory_bytes_max // self.count
-            if world_start(w) != 0:
+            if world_start(w, ring_bytes) != 0:
                 raise OSError(errno, os.strerror(errno))
 
     def __dealloc__(self):
@@ -939,6 +1015,38 @@ cdef class Engine:
         what = 0 if cluster_id is None else 1 if cluster_id == -1 else 2
         cluster = cluster_id if what == 2 else 0
         self.command(<uint32_t>(ticket % self.count), COMMAND_VERDICT, ticket, cluster, what, b"")
+
+    cdef bint queued(self, uint32_t kind, uint64_t a, uint64_t b, uint64_t c, bytes payload) except -1:
+        """On the home thread's ring, without a wake-up. False = it is full."""
+        cdef const char* data = payload
+        return ring_push(&self.worlds[HOME_THREAD].commands, kind, a, b, c, data, <uint32_t>len(payload)) == 0
+
+    def send_many(self, frames not None):
+        cdef int taken = 0
+        for handle, data in frames:
+            if not self.queued(COMMAND_SEND, handle, 0, 0, data):
+                break
+            taken += 1
+        wake(self.worlds[HOME_THREAD].wake_fd)
+        return taken
+
+    def call_many(self, calls not None):
+        cdef int taken = 0
+        for handle, ticket, frame, timeout_ms in calls:
+            if not self.queued(COMMAND_CALL, handle, ticket, timeout_ms, frame):
+                break
+            taken += 1
+        wake(self.worlds[HOME_THREAD].wake_fd)
+        return taken
+
+    def reply(self, uint64_t handle, bytes data not None, bint greet=False):
+        self.command(HOME_THREAD, COMMAND_REPLY, handle, greet, 0, data)
+
+    def subscribe(self, uint64_t handle, groups not None):
+        self.command(HOME_THREAD, COMMAND_SUBSCRIBE, handle, 0, 0, uint32s(n for pair in groups for n in pair))
+
+    def peer_groups(self, uint32_t endpoint_id, group_ids not None):
+        self.command(HOME_THREAD, COMMAND_PEER_GROUPS, endpoint_id, 0, 0, uint32s(group_ids))
 
     def events(self, int most=4096):
         cdef uint32_t i

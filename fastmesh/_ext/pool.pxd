@@ -21,9 +21,16 @@ cdef void pool_stop(World* w) noexcept nogil
 # An upstream connection for one more request of this cluster. NULL: *cause is CAUSE_NO_ENDPOINT,
 # CAUSE_CONNECT or CAUSE_OVERLOAD.
 # A shared connection carries one dialect of its protocol, so a second dialect opens a connection of
-# its own beside the first.
+# its own beside the first; the one to a broker carries all.
+# `only`: Rule.only, a bit per endpoint that may take it (0 = any).
 cdef Conn* pool_pick(World* w, Cluster* cluster, Link* link, uint64_t client, int dialect,
-                     int* cause) noexcept nogil
+                     uint64_t only, int* cause) noexcept nogil
+# An open connection to a peer with an id left, whatever its dialect: a peer answers each frame in
+# its own. NULL = none.
+cdef Conn* pool_peer(World* w, Endpoint* endpoint) noexcept nogil
+# What the peer behind that endpoint has consumers for, until it says something else or goes down.
+# -1 = no memory: what it said before stays.
+cdef int pool_peer_groups(World* w, Endpoint* endpoint, const uint32_t* ids, uint32_t count) noexcept nogil
 # a CONNECTING connection became writable
 cdef void pool_connected(World* w, Conn* c) noexcept nogil
 # burial, first: out of the choice, the next connect planned

@@ -14,9 +14,12 @@ from .conn cimport (
     conn_handle,
     conn_new,
     conn_of,
+    conn_release,
     event_push,
     mem_give,
     mem_take,
+    notice_gone,
+    notice_opened,
     queue_own,
     world_random,
 )
@@ -46,7 +49,7 @@ from .frame cimport (
     DIALECT_NONE,
     FrameId,
 )
-from .route cimport BIND_PER_CLIENT, ClusterSpec, EndpointSpec, SnapshotData
+from .route cimport BIND_PER_CLIENT, KIND_RELAY, ClusterSpec, EndpointSpec, SnapshotData
 from .slots cimport (
     MISS_LATE,
     SLOT_REST_MS,
@@ -68,6 +71,8 @@ from .world cimport (
     EVENT_ENDPOINT_DOWN,
     EVENT_ENDPOINT_UP,
     EVENT_RESTORED,
+    HOLD_PUNT,
+    HOME_THREAD,
     ROLE_UPSTREAM,
     TIMER_ENDPOINT,
     TIMER_SLOT,
@@ -172,6 +177,36 @@ cdef void endpoint_drain(World* w, Endpoint* e) noexcept nogil:
         c = after
 
 
+cdef void drop_live_groups(World* w, Endpoint* e) noexcept nogil:
+    mem_give(w, e.live_groups, e.live_groups_count * sizeof(uint32_t))
+    e.live_groups = NULL
+    e.live_groups_count = 0
+    w.peers_version += 1
+
+
+cdef int pool_peer_groups(World* w, Endpoint* e, const uint32_t* ids, uint32_t count) noexcept nogil:
+    cdef uint32_t* kept = NULL
+    cdef uint32_t i, j, id
+    if e.up == 0:
+        return 0        # it went down meanwhile: whatever it said before says nothing now
+    if count:
+        kept = <uint32_t*>mem_take(w, count * sizeof(uint32_t))
+        if kept == NULL:
+            return -1
+        # sorted by insertion: they come sorted, and it is once per announcement
+        for i in range(count):
+            id = ids[i]
+            j = i
+            while j > 0 and kept[j - 1] > id:
+                kept[j] = kept[j - 1]
+                j -= 1
+            kept[j] = id
+    drop_live_groups(w, e)
+    e.live_groups = kept
+    e.live_groups_count = count
+    return 0
+
+
 cdef void endpoint_forget(World* w, Endpoint* e) noexcept nogil:
     """Not in the snapshot any more: nothing new goes there, what is in flight finishes."""
     e.gone = 1
@@ -180,6 +215,7 @@ cdef void endpoint_forget(World* w, Endpoint* e) noexcept nogil:
     if w.endpoint_of[e.id] == e:
         w.endpoint_of[e.id] = NULL
     row_of(w.counters, e.row).c[C_EJECTED] -= 1 if e.ejected_until_ms else 0
+    drop_live_groups(w, e)
     endpoint_drain(w, e)
     if e.conns == NULL:
         mem_give(w, e, sizeof(Endpoint))
@@ -248,6 +284,7 @@ cdef int pool_sync(World* w, const SnapshotData* s) noexcept nogil:
         k.codec = cs.codec
         k.binding = cs.binding
         k.server_requests = cs.server_requests
+        k.kind = cs.kind
         k.connections = cs.connections
         k.endpoints_count = cs.endpoints_count
         k.recompute_ms = 0
@@ -298,6 +335,7 @@ cdef void pool_stop(World* w) noexcept nogil:
         after = k.next
         for j in range(k.endpoints_count):
             timer_clear(&w.wheel, &k.endpoints[j].timer)
+            drop_live_groups(w, k.endpoints[j])
             w.endpoint_of[k.endpoints[j].id] = NULL
             mem_give(w, k.endpoints[j], sizeof(Endpoint))
         w.cluster_of[k.id] = NULL
@@ -355,7 +393,9 @@ cdef Conn* pool_connect(World* w, Endpoint* e, uint64_t owner) noexcept nogil:
         connect_failed(w, e, ENOMEM)
         return NULL
     c.state = CONN_CONNECTING
-    c.dialect = DIALECT_NONE
+    c.kind = e.cluster.kind
+    # What the mesh itself says to a broker or peer is in dialect 0, and comes first.
+    c.dialect = DIALECT_NONE if c.kind == KIND_RELAY else 0
     c.codec = e.cluster.codec
     c.row = e.row
     c.endpoint = e
@@ -403,9 +443,13 @@ cdef void pool_connected(World* w, Conn* c) noexcept nogil:
         e.ramp_from_ms = w.now_ms
     e.ever_up = 1
     e.cluster.recompute_ms = 0
+    w.peers_version += 1
     if w.snapshot.limits.heartbeat_ms:
         conn_check_by(w, c, w.now_ms + w.snapshot.limits.heartbeat_ms)
     event_push(w, EVENT_ENDPOINT_UP, e.id, e.up, 0, NULL, 0)
+    if c.kind != KIND_RELAY and not notice_opened(w, c, e.id, 1):
+        conn_doom(w, c, CLOSED_MEMORY, 0)
+        return
     if conn_arm(w, c, EPOLLIN) != 0:
         conn_doom(w, c, CLOSED_IO_ERROR, errno)
         return
@@ -423,12 +467,16 @@ cdef void pool_lost(World* w, Conn* c) noexcept nogil:
         link = &link[0].endpoint_next
     link[0] = c.endpoint_next
     e.conns_count -= 1
+    notice_gone(w, c)
+    w.peers_version += 1
     w.counters.p[P_UPSTREAMS] -= 1
     row_of(w.counters, e.row).c[C_CONNECTIONS] -= 1
     if c.counted:
         e.up -= 1
         row_of(w.counters, e.row).c[C_UP] -= 1
         event_push(w, EVENT_ENDPOINT_DOWN, e.id, e.up, <uint64_t>c.close_errno, &reason, 1)
+    if e.up == 0:
+        drop_live_groups(w, e)
     if e.gone:
         return
     e.cluster.recompute_ms = 0
@@ -466,6 +514,7 @@ cdef void pool_goaway(World* w, Conn* c) noexcept nogil:
     c.state = CONN_DRAINING
     c.counted = 0
     e.up -= 1
+    w.peers_version += 1
     row_of(w.counters, e.row).c[C_UP] -= 1
     if e.cluster != NULL:
         e.cluster.recompute_ms = 0
@@ -593,8 +642,40 @@ cdef Conn* usable(World* w, Endpoint* e, int dialect) noexcept nogil:
     return c
 
 
-cdef Conn* pick_shared(World* w, Cluster* k, int dialect, int* cause) noexcept nogil:
-    cdef Endpoint* e = choose(w, k)
+cdef Endpoint* choose_of(World* w, Cluster* k, uint64_t only) noexcept nogil:
+    """Of these endpoints the one with the fewest in flight by weight; among equals (with little
+    traffic nothing is in flight anywhere) by chance and weight. NULL = none can be chosen."""
+    cdef Endpoint* e
+    cdef Endpoint* best = NULL
+    cdef uint64_t mine, least, equals = 0
+    cdef uint32_t i
+    if w.now_ms >= k.recompute_ms:
+        recompute(w, k)
+    for i in range(k.endpoints_count):
+        e = k.endpoints[i]
+        if not among(only, i) or not e.effective:
+            continue
+        if best != NULL:
+            mine = <uint64_t>e.in_flight * best.effective
+            least = <uint64_t>best.in_flight * e.effective
+            if mine > least:
+                continue
+            if mine == least:
+                equals += e.effective
+                if ((<uint64_t>world_random(w) << 32) | world_random(w)) % equals < e.effective:
+                    best = e
+                continue
+        best = e
+        equals = e.effective
+    return best
+
+
+cdef inline bint among(uint64_t only, uint32_t at) noexcept nogil:
+    return only == 0 or (at < 64 and (only >> at) & 1)
+
+
+cdef Conn* pick_shared(World* w, Cluster* k, int dialect, uint64_t only, int* cause) noexcept nogil:
+    cdef Endpoint* e = choose_of(w, k, only) if only else choose(w, k)
     cdef Conn* c
     cdef uint32_t i
     if e != NULL:
@@ -603,7 +684,7 @@ cdef Conn* pick_shared(World* w, Cluster* k, int dialect, int* cause) noexcept n
             return c
         # every id of the chosen one is in use: any other endpoint with room is better than "overload"
         for i in range(k.endpoints_count):
-            if k.endpoints[i].effective:
+            if k.endpoints[i].effective and among(only, i):
                 c = usable(w, k.endpoints[i], dialect)
                 if c != NULL:
                     return c
@@ -613,7 +694,7 @@ cdef Conn* pick_shared(World* w, Cluster* k, int dialect, int* cause) noexcept n
     # with our first breath, or in the moment of a reconnect, is served.
     for i in range(k.endpoints_count):
         e = k.endpoints[i]
-        if e.weight and not e.ejected_until_ms:
+        if e.weight and not e.ejected_until_ms and among(only, i):
             c = lightest(e, CONN_CONNECTING, dialect)
             if c != NULL:
                 c.dialect = <uint8_t>dialect
@@ -622,12 +703,26 @@ cdef Conn* pick_shared(World* w, Cluster* k, int dialect, int* cause) noexcept n
     return NULL
 
 
+cdef Conn* pool_peer(World* w, Endpoint* e) noexcept nogil:
+    cdef Conn* c = e.conns
+    while c != NULL:
+        if c.state == CONN_OPEN and c.sent.used < c.sent.capacity:
+            return c
+        c = c.endpoint_next
+    return NULL
+
+
 cdef Conn* pool_pick(World* w, Cluster* k, Link* link, uint64_t client, int dialect,
-                     int* cause) noexcept nogil:
+                     uint64_t only, int* cause) noexcept nogil:
     cdef Conn* c
     cdef Endpoint* e
+    if k.kind != KIND_RELAY:
+        # One connection to a broker, on which we said hello in dialect 0: another one would have to
+        # say it first. Whoever answers all in the dialect of the first frame answers in v1 then,
+        # which everybody reads.
+        dialect = 0
     if k.binding != BIND_PER_CLIENT:
-        return pick_shared(w, k, dialect, cause)
+        return pick_shared(w, k, dialect, only, cause)
     c = conn_of(w, link.upstream)
     if c != NULL and c.state != CONN_DRAINING:
         if c.sent.used < c.sent.capacity:
@@ -669,6 +764,7 @@ cdef void pool_failed(World* w, Endpoint* e) noexcept nogil:
     if span > w.snapshot.limits.eject_ms_max:
         span = w.snapshot.limits.eject_ms_max
     e.ejected_until_ms = w.now_ms + span
+    w.peers_version += 1
     k.ejected += 1
     k.recompute_ms = 0
     row_of(w.counters, e.row).c[C_EJECTED] += 1
@@ -697,6 +793,7 @@ cdef void pool_endpoint_due(World* w, Endpoint* e) noexcept nogil:
     if e.ejected_until_ms:
         if w.now_ms >= e.ejected_until_ms:
             e.ejected_until_ms = 0
+            w.peers_version += 1
             e.failures = 0
             k.ejected -= 1
             if w.snapshot.limits.slow_start_ms:
@@ -706,6 +803,8 @@ cdef void pool_endpoint_due(World* w, Endpoint* e) noexcept nogil:
         else:
             next_ms = e.ejected_until_ms
     k.recompute_ms = 0
+    if k.kind != KIND_RELAY and w.thread != HOME_THREAD:
+        return      # brokers and peers are connected to once per process
     if k.binding != BIND_PER_CLIENT and e.address_size and e.weight and not w.stopping:
         c = e.conns
         while c != NULL:
@@ -763,6 +862,9 @@ cdef void pool_conn_due(World* w, Conn* c) noexcept nogil:
     """An upstream connection's timer: connect deadline, heartbeat, or its missing answer."""
     cdef uint64_t due
     cdef uint32_t every = w.snapshot.limits.heartbeat_ms
+    if c.hold & HOLD_PUNT:
+        conn_release(w, c, HOLD_PUNT)       # the event ring was full: the frame is tried again
+        c.read_ms = w.now_ms        # we did not listen: its silence says nothing
     if c.state == CONN_CONNECTING:
         due = c.opened_ms + w.snapshot.limits.connect_timeout_ms
         if w.now_ms >= due:

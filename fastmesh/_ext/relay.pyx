@@ -4,7 +4,7 @@
 from libc.errno cimport EAGAIN, EINTR
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from .bytes cimport memcpy, memset
+from .bytes cimport memcmp, memcpy, memset
 from .conn cimport (
     area_take,
     conn_check_by,
@@ -23,8 +23,11 @@ from .conn cimport (
     mem_give,
     mem_grow,
     mem_take,
+    notice_gone,
+    notice_tell,
     queue_append,
     queue_frame,
+    queue_greeting,
     queue_own,
     reader_stuck,
     stands_since_ms,
@@ -38,11 +41,15 @@ from .counters cimport (
     C_CONNECTIONS,
     C_EXPIRED,
     C_FAILED,
+    C_FORWARDED,
     C_IN_FLIGHT,
+    C_LOOPS,
+    C_OFFERED,
     C_ONEWAY_ACCEPTED,
     C_ONEWAY_DROPPED,
     C_RETRIED,
     C_SENT,
+    C_STAYED,
     CLOSED_BY_COMMAND,
     CLOSED_BY_PEER,
     CLOSED_CONNECT,
@@ -54,6 +61,7 @@ from .counters cimport (
     CLOSED_MEMORY,
     CLOSED_SLOW_CONSUMER,
     HOP_UPSTREAM,
+    P_CALLS,
     P_CONNECTIONS,
     P_DROPPED,
     P_EVENTS_LOST,
@@ -64,6 +72,7 @@ from .counters cimport (
     P_MEMORY,
     P_PARKED,
     P_PAUSES,
+    P_PUNTED,
     P_PUNT_FULL,
     P_READ_BYTES,
     P_READS,
@@ -107,15 +116,60 @@ from .frame cimport (
     ParseStatus,
     Span,
 )
+from .groups cimport (
+    delivery_drop,
+    delivery_end,
+    delivery_forget_copy,
+    delivery_new,
+    group_named,
+    group_place,
+    groups_leave,
+    key_find,
+    key_take,
+    member_has_credit,
+    member_pick,
+    member_take,
+)
 from .pool cimport (
     pool_answered,
     pool_failed,
     pool_goaway,
     pool_lost,
+    pool_peer,
     pool_pick,
     pool_release,
 )
-from .route cimport BIND_PER_CLIENT, SERVER_REQUESTS_REFUSE, ListenerRoutes, MeshLimits, Rule, route_find
+from .push cimport (
+    OP_CHECK,
+    OP_DELIVER,
+    OP_FORWARD,
+    OP_PUBLISH,
+    PUSH_HINT_DELIVERY,
+    RESULT_CONSUMED,
+    RESULT_LATER,
+    RESULT_NO_CONSUMER,
+    PushFields,
+    push_answer,
+    push_as_deliver,
+    push_forward,
+    push_forward_size,
+    push_read,
+)
+from .route cimport (
+    BIND_PER_CLIENT,
+    KIND_BROKER,
+    KIND_FORWARD,
+    KIND_PEER,
+    KIND_PUNT,
+    KIND_PUSH,
+    KIND_RELAY,
+    SERVER_REQUESTS_REFUSE,
+    ListenerRoutes,
+    MeshLimits,
+    Rule,
+    route_find,
+)
+from .schedule cimport WHY_NO_PEER, stable_hash
 from .slots cimport (
     MISS_CLIENT_GONE,
     MISS_DUPLICATE,
@@ -142,26 +196,35 @@ from .slots cimport (
 from .timers cimport timer_clear, timer_set
 from .world cimport (
     AREA_BYTES,
+    CONN_CONNECTING,
     CONN_DOOMED,
     CONN_DRAINING,
     CONN_OPEN,
+    DELIVERY_CALL,
+    DELIVERY_FORWARD,
+    DELIVERY_LOCAL,
+    DELIVERY_PUBLISH,
     DRAIN_LOOK_MS,
     DRAIN_QUIET_MS,
     ENTRY_ANSWER,
     ENTRY_ONEWAY,
     ENTRY_PART,
     ENTRY_REQUEST,
+    EVENT_ANSWER,
     EVENT_CLOSED,
+    EVENT_FRAME,
     EVENT_PARKED,
     EVENT_SAMPLE,
     FLOW_OPEN,
     FLOW_PAUSED,
     FLOW_SHEDDING,
+    HOLD_CONTROL,
     HOLD_EOF,
     HOLD_ORDER,
     HOLD_PARKED,
     HOLD_PUNT,
     HOLD_QUOTA,
+    IDS,
     PARKED_MAX,
     PART_IN_AREA_BYTES,
     PAUSE_MS,
@@ -175,9 +238,14 @@ from .world cimport (
     Bucket,
     Cluster,
     Conn,
+    Delivery,
     Endpoint,
     Entry,
+    Fan,
+    Group,
+    Key,
     Link,
+    Member,
     Parked,
     World,
     iovec,
@@ -195,9 +263,10 @@ cdef extern from "atomics.h" nogil:
 
 cdef enum:
     # between two frames, not after the last one
-    HOLD_PARSING = HOLD_QUOTA | HOLD_PARKED | HOLD_PUNT | HOLD_ORDER
+    HOLD_PARSING = HOLD_QUOTA | HOLD_PARKED | HOLD_PUNT | HOLD_ORDER | HOLD_CONTROL
     LOGS_PER_SECOND = 10     # abnormal ends reported, per reason: the counters have them all
     PUNT_RETRY_MS = 10
+    RECORD_ROOM = 64         # of a ring record besides its frame
     PARK_TOLD_BYTES = 1 << 16   # of a parked frame that Python sees
     LOOK_AGAIN_MS = 60000    # a client connection that owes or is owed something, and nothing limits it
     SHED_PERCENT = 90        # of the memory budget: requests are answered "overload"
@@ -253,15 +322,10 @@ cdef void sample(World* w, const Slot* slot, int outcome, uint64_t answered_ns) 
 
 cdef void answer_own(World* w, Conn* to, const FrameId* id, uint32_t hint, int cause) noexcept nogil:
     """The mesh's own answer, as the protocol words it."""
-    cdef uint8_t[128] frame
+    cdef uint8_t[256] frame  # answer_bytes_max of the wordiest codec (PUSH_ANSWER_MAX)
     cdef uint32_t size = to.codec.answer(id, hint, cause, frame)
     if queue_own(w, to, frame, size) == NULL:
         conn_doom(w, to, CLOSED_MEMORY, 0)
-
-
-cdef inline int block_of(const Slot* slot) noexcept nogil:
-    """Direction of a slot: asked of an upstream = a request, asked of a client = a push."""
-    return REQUESTS if (<Conn*>slot.table_owner).role == ROLE_UPSTREAM else PUSHES
 
 
 cdef Entry* queue_as_it_lies(World* w, Conn* to, uint8_t* data, uint32_t size, int kind) noexcept nogil:
@@ -309,7 +373,7 @@ cdef void leave_flight(World* w, Slot* slot) noexcept nogil:
     cdef Conn* on = <Conn*>slot.table_owner
     cdef Conn* asker = conn_of(w, slot.asker)
     cdef Entry* e = <Entry*>slot.entry
-    row_of(w.counters, slot.row).c[block_of(slot) + C_IN_FLIGHT] -= 1
+    row_of(w.counters, slot.row).c[slot.block + C_IN_FLIGHT] -= 1
     if on.role == ROLE_UPSTREAM:
         on.endpoint.in_flight -= 1
         row_of(w.counters, on.endpoint.row).c[REQUESTS + C_IN_FLIGHT] -= 1
@@ -342,6 +406,8 @@ cdef void order_remove(Conn* on, Slot* slot) noexcept nogil:
 
 cdef void free_slot(World* w, Slot* slot, int miss) noexcept nogil:
     cdef Conn* on = <Conn*>slot.table_owner
+    if slot.delivery != NULL:
+        delivery_end(w, slot)
     if on.codec.correlation == CORRELATE_BY_ORDER:
         order_remove(on, slot)
     slot_release(&on.sent, slot, miss)
@@ -359,6 +425,7 @@ cdef void end_in_flight(World* w, Slot* slot, int miss) noexcept nogil:
     if unsent or on.state == CONN_DOOMED:
         free_slot(w, slot, miss)
     else:
+        delivery_forget_copy(w, slot)       # what may have been executed is not offered again
         slot_rest(&on.sent, slot, miss)
         timer_set(&w.wheel, &slot.timer, w.now_ms + SLOT_REST_MS)
 
@@ -368,13 +435,17 @@ cdef void fail(World* w, Slot* slot, int cause) noexcept nogil:
     ends the slot."""
     cdef Conn* asker = conn_of(w, slot.asker)
     cdef uint64_t* c = row_of(w.counters, slot.row).c
+    cdef Delivery* d = <Delivery*>slot.delivery
     if cause == CAUSE_DEADLINE:
-        c[block_of(slot) + C_EXPIRED] += 1
+        c[slot.block + C_EXPIRED] += 1
     else:
-        c[block_of(slot) + C_FAILED + cause] += 1
+        c[slot.block + C_FAILED + cause] += 1
     if slot.sampled:
         sample(w, slot, cause, 0)
-    if asker != NULL:
+    if d != NULL and d.fan != NULL:
+        # a copy of a broadcast whose connection has gone is owed to nobody
+        fan_settled(w, d, cause != CAUSE_CLIENT_GONE)
+    elif asker != NULL:
         answer_own(w, asker, &slot.orig, slot.hint, cause)
 
 
@@ -400,6 +471,9 @@ cdef void relay_slot_due(World* w, Slot* slot) noexcept nogil:
             timer_set(&w.wheel, &slot.timer, w.now_ms + SLOT_REST_MS)   # still being written
         else:
             free_slot(w, slot, slot.rest_cause)
+        return
+    if slot.asker == 0:
+        call_over(w, slot, CAUSE_DEADLINE)
         return
     fail(w, slot, CAUSE_DEADLINE)
     if on.role == ROLE_UPSTREAM:
@@ -465,7 +539,8 @@ cdef void take_quota(World* w, Conn* c, Link* link, Entry* e) noexcept nogil:
     link.entries += 1
     link.queued_bytes += e.size
     if link.queued_bytes > most // 4 * 3 or (tight and link.queued_bytes > TIGHT_BYTES):
-        if link.flow == FLOW_OPEN and c.links_count == 1 and c.sent.used == 0 and c.state == CONN_OPEN:
+        if link.flow == FLOW_OPEN and c.links_count == 1 and c.sent.used == 0 and c.state == CONN_OPEN and \
+                c.kind == KIND_RELAY:
             link.flow = FLOW_PAUSED
             link.pause_until_ms = w.now_ms + PAUSE_MS
             w.counters.p[P_PAUSES] += 1
@@ -492,7 +567,10 @@ cdef bint bucket_take(World* w, const Rule* rule) noexcept nogil:
     return True
 
 
-cdef Slot* new_slot(World* w, Conn* on, Conn* asker, FrameView* view, uint32_t row, uint32_t cluster) noexcept nogil:
+cdef Slot* new_slot(World* w, Conn* on, Conn* asker, FrameView* view, uint32_t row, int block,
+                    uint32_t cluster) noexcept nogil:
+    """`block`: where the ledger counts it, REQUESTS or PUSHES (a delivery that goes to a peer is a
+    push all the way)."""
     cdef size_t grew = 0
     cdef Slot* slot = slot_take(&on.sent, &grew) if w.budget.used <= w.budget.max else NULL
     if slot == NULL:
@@ -508,12 +586,13 @@ cdef Slot* new_slot(World* w, Conn* on, Conn* asker, FrameView* view, uint32_t r
     slot.received_ns = w.now_ns
     slot.hint = view.hint
     slot.row = row
+    slot.block = <uint8_t>block
     slot.bytes = view.size
     slot.cluster = <uint16_t>cluster
     slot_link(&asker.asked, slot)
     flight_link(&on.flying, slot)
     asker.asked_count += 1
-    row_of(w.counters, row).c[block_of(slot) + C_IN_FLIGHT] += 1
+    row_of(w.counters, row).c[block + C_IN_FLIGHT] += 1
     if on.role == ROLE_UPSTREAM:
         on.endpoint.in_flight += 1
         row_of(w.counters, on.endpoint.row).c[REQUESTS + C_IN_FLIGHT] += 1
@@ -522,21 +601,22 @@ cdef Slot* new_slot(World* w, Conn* on, Conn* asker, FrameView* view, uint32_t r
     return slot
 
 
-cdef bint send_request(World* w, Conn* on, Conn* asker, FrameView* view, uint32_t row, uint32_t cluster,
-                       Link* link, uint64_t due_ms) noexcept nogil:
-    """Slot, id, queue. False = no slot or no memory, nothing has changed."""
+cdef Slot* send_request(World* w, Conn* on, Conn* asker, FrameView* view, uint32_t row, uint32_t cluster,
+                        Link* link, uint64_t due_ms) noexcept nogil:
+    """Slot, id, queue. NULL = no slot or no memory, nothing has changed."""
     cdef FrameId id
     cdef Entry* e
-    cdef Slot* slot = new_slot(w, on, asker, view, row, cluster)
+    cdef int block = REQUESTS if on.role == ROLE_UPSTREAM else PUSHES
+    cdef Slot* slot = new_slot(w, on, asker, view, row, block, cluster)
     if slot == NULL:
-        return False
+        return NULL
     memset(&id, 0, sizeof(id))
     id.number = slot_id(slot)
     e = queue_patched(w, on, view, &id, ENTRY_REQUEST)
     if e == NULL:
         leave_flight(w, slot)
         free_slot(w, slot, MISS_NONE)
-        return False
+        return NULL
     e.slot = slot
     e.row = row
     e.received_ns = w.now_ns
@@ -553,21 +633,24 @@ cdef bint send_request(World* w, Conn* on, Conn* asker, FrameView* view, uint32_
             w.tickets += 1
             slot.sampled = 1
             slot.trace = w.tickets * w.threads + w.thread
-    return True
+    return slot
 
 
-cdef void forward_request(World* w, Conn* c, FrameView* view, uint32_t row, Cluster* k, uint64_t due_ms) noexcept nogil:
-    """A request or one-way frame that was accepted, towards its cluster."""
+cdef Slot* forward_request(World* w, Conn* c, FrameView* view, uint32_t row, Cluster* k, uint64_t only,
+                           uint64_t due_ms, Delivery* delivery) noexcept nogil:
+    """A request or one-way frame that was accepted, towards its cluster (`only`: see Rule). Takes
+    `delivery` over, which may be NULL. Returns the request's slot; NULL = refused, or one-way."""
     cdef int cause = CAUSE_NONE
     cdef Conn* up
     cdef FrameId id
     cdef Entry* e
+    cdef Slot* slot
     cdef Link* link = link_for(w, c, k.id)
     cdef bint oneway = view.kind == FRAME_ONEWAY
     if link == NULL or over_quota(w, c, link, view.size):
         cause = CAUSE_OVERLOAD
     else:
-        up = pool_pick(w, k, link, conn_handle(c), view.dialect, &cause)
+        up = pool_pick(w, k, link, conn_handle(c), view.dialect, only, &cause)
         if up != NULL and not (view.flags & FLAG_LAST) and k.binding != BIND_PER_CLIENT:
             # A frame in parts came while its cluster was bound 1:1, and is not any more: parts of
             # two clients would mix.
@@ -578,11 +661,14 @@ cdef void forward_request(World* w, Conn* c, FrameView* view, uint32_t row, Clus
             up.last_client = conn_handle(c)
             row_of(w.counters, up.endpoint.row).c[C_SENT] += 1
             if not oneway:
-                if send_request(w, up, c, view, row, k.id, link, due_ms):
+                slot = send_request(w, up, c, view, row, k.id, link, due_ms)
+                if slot != NULL:
+                    (<Entry*>slot.entry).only = only
+                    slot.delivery = delivery
                     follow_stream(c, up, view, row, REQUESTS)
                     if c.codec.correlation == CORRELATE_BY_ORDER:
                         conn_hold(w, c, HOLD_ORDER)
-                    return
+                    return slot
                 cause = CAUSE_OVERLOAD
             else:
                 # Id 0 is never a slot: an upstream that answers a one-way frame all the same
@@ -593,17 +679,23 @@ cdef void forward_request(World* w, Conn* c, FrameView* view, uint32_t row, Clus
                     e.row = row
                     e.received_ns = w.now_ns
                     e.block = REQUESTS
+                    e.only = only
                     take_quota(w, c, link, e)
                     if not (view.flags & FLAG_LAST):
                         e.tries = NO_RETRY
                     follow_stream(c, up, view, row, REQUESTS)
-                    return
+                    if delivery != NULL:
+                        delivery_drop(w, delivery)
+                    return NULL
                 cause = CAUSE_OVERLOAD
+    if delivery != NULL:
+        delivery_drop(w, delivery)
     follow_stream(c, NULL, view, row, REQUESTS)
     refuse(w, c, view, row, REQUESTS, cause)
+    return NULL
 
 
-cdef void on_request(World* w, Conn* c, FrameView* view) noexcept nogil:
+cdef void on_request(World* w, Conn* c, FrameView* view, bint idempotent) noexcept nogil:
     """client -> upstream, with an answer or without."""
     cdef const ListenerRoutes* routes = w.listener_of[c.listener]
     cdef const Rule* rule = NULL
@@ -639,7 +731,8 @@ cdef void on_request(World* w, Conn* c, FrameView* view) noexcept nogil:
     if rule.park and view.flags & FLAG_LAST:
         park(w, c, view, row, k.id)
         return
-    forward_request(w, c, view, row, k, deadline_ms(w, view))
+    forward_request(w, c, view, row, k, rule.only, deadline_ms(w, view),
+                    keep_publish(w, view, rule.only) if idempotent else NULL)
 
 
 cdef void say_and_close(World* w, Conn* c, int reason) noexcept nogil:
@@ -648,6 +741,7 @@ cdef void say_and_close(World* w, Conn* c, int reason) noexcept nogil:
     bytes would reset the connection, and the reset would overtake the explanation."""
     if c.state == CONN_DOOMED:
         return
+    groups_leave(w, c)
     abandon_asked(w, c)
     flush_one(w, c)
     if c.state == CONN_DOOMED:
@@ -709,7 +803,7 @@ cdef void on_push(World* w, Conn* up, FrameView* view) noexcept nogil:
                 return
             cause = CAUSE_OVERLOAD
         else:
-            if send_request(w, c, up, view, row, 0, NULL, deadline_ms(w, view)):
+            if send_request(w, c, up, view, row, 0, NULL, deadline_ms(w, view)) != NULL:
                 # It is called, so its answers must be read, whatever it owes or is owed.
                 if c.hold & HOLD_QUOTA:
                     end_pause(w, c)
@@ -729,6 +823,586 @@ cdef void end_pause(World* w, Conn* c) noexcept nogil:
             link.flow = FLOW_OPEN if low else FLOW_SHEDDING
         link = link.next
     conn_release(w, c, HOLD_QUOTA)
+
+
+# === the message mesh =============================================================================
+
+cdef uint64_t source_of(const Conn* c) noexcept nogil:
+    return c.listener if c.role == ROLE_DOWNSTREAM else c.endpoint.id
+
+
+cdef void tell_later(World* w, Conn* c) noexcept nogil:
+    """The event ring is full: the frame being handled stays where it is, and so does what follows
+    it, until there is room."""
+    w.counters.p[P_PUNT_FULL] += 1
+    w.refeed = 1
+    conn_hold(w, c, HOLD_PUNT)
+    conn_check_by(w, c, w.now_ms + PUNT_RETRY_MS)
+
+
+cdef void punt(World* w, Conn* c, FrameView* view) noexcept nogil:
+    """A frame that Python decides on. What a client sends behind it waits for the reply."""
+    if view.size > w.events.size // 4 - RECORD_ROOM:
+        row_of(w.counters, c.row).c[REQUESTS + (C_ONEWAY_ACCEPTED if view.kind == FRAME_ONEWAY else C_ACCEPTED)] += 1
+        refuse(w, c, view, c.row, REQUESTS, CAUSE_UNDECODABLE)
+        return
+    if w.untold != NULL or event_push(
+            w, EVENT_FRAME, conn_handle(c), source_of(c), c.role == ROLE_UPSTREAM, view.data, view.size) != 0:
+        tell_later(w, c)
+        return
+    w.counters.p[P_PUNTED] += 1
+    if c.kind == KIND_PUSH or c.kind == KIND_FORWARD:
+        conn_hold(w, c, HOLD_CONTROL)
+
+
+cdef void on_push_traffic(World* w, Conn* c, FrameView* view) noexcept nogil:
+    """A request or one-way frame where a group, or Python, has the say."""
+    cdef PushFields fields
+    cdef int read
+    if c.kind == KIND_PUNT or c.kind == KIND_PEER:
+        punt(w, c, view)
+        return
+    read = push_read(view, &fields)
+    if read > 0:
+        if c.kind == KIND_PUSH and fields.op == OP_PUBLISH and c.greeted:
+            on_request(w, c, view, fields.idempotent)
+            return
+        if c.kind == KIND_FORWARD and fields.op == OP_FORWARD and c.greeted:
+            on_forward(w, c, view, &fields)
+            return
+        if c.kind == KIND_BROKER and (fields.op == OP_DELIVER or fields.op == OP_CHECK):
+            on_deliver(w, c, view, &fields)
+            return
+    if read >= 0:
+        punt(w, c, view)
+        return
+    w.counters.p[P_MALFORMED + ERROR_HEADERS] += 1
+    take_in_push(w, c.row, view)
+    refuse(w, c, view, c.row, PUSHES, CAUSE_UNDECODABLE)
+    if c.role == ROLE_DOWNSTREAM:
+        report_end(w, c, CLOSED_MALFORMED, view.data, view.size)
+        say_and_close(w, c, CLOSED_MALFORMED)
+
+
+cdef inline void take_in_push(World* w, uint32_t row, const FrameView* view) noexcept nogil:
+    row_of(w.counters, row).c[PUSHES + (C_ONEWAY_ACCEPTED if view.kind == FRAME_ONEWAY else C_ACCEPTED)] += 1
+
+
+cdef inline int delivery_hurdle(World* w, const Conn* asker, const Group* g) noexcept nogil:
+    """What speaks against any delivery that `asker` asks for now."""
+    if g == NULL:
+        return CAUSE_NO_ROUTE
+    if w.refusing:
+        return CAUSE_UPSTREAM_LOST
+    if asker.own_bytes > w.snapshot.limits.queue_bytes_max or asker.asked_count >= w.snapshot.limits.in_flight_max:
+        return CAUSE_OVERLOAD
+    return CAUSE_NONE
+
+
+cdef void on_deliver(World* w, Conn* up, FrameView* view, PushFields* fields) noexcept nogil:
+    """A broker's delivery, or its question for the fate of a prepared message."""
+    cdef Group* g = group_named(w, &fields.group)
+    cdef uint32_t row = g.row if g != NULL else up.row
+    cdef int cause = delivery_hurdle(w, up, g)
+    cdef bint keyed
+    cdef uint64_t hash = 0
+    cdef uint64_t due = deadline_ms(w, view)
+    cdef uint32_t at
+    cdef uint8_t why = 0
+    cdef Key* key = NULL
+    view.hint |= PUSH_HINT_DELIVERY
+    take_in_push(w, row, view)
+    if cause != CAUSE_NONE:
+        refuse(w, up, view, row, PUSHES, cause)
+        return
+    if fields.op == OP_CHECK:
+        deliver(w, up, view, g, False, 0, due)
+        return
+    if g.broadcast:
+        broadcast(w, up, view, g, due)
+        return
+    keyed = g.ordered and fields.key.at != NULL
+    if keyed:
+        hash = stable_hash(fields.key.at, fields.key.size)
+        key = key_find(g, hash)
+    if key != NULL:
+        at = key.endpoint       # to wherever its last message is unanswered
+    else:
+        at = group_place(w, g, view, fields, &why)
+        if why == WHY_NO_PEER:
+            row_of(w.counters, row).c[C_STAYED] += 1
+    if at and view.kind == FRAME_REQUEST:
+        if forward(w, up, view, fields, g, keyed, hash, at, due):
+            return
+        if key != NULL:
+            refuse(w, up, view, row, PUSHES, CAUSE_OVERLOAD)
+            return
+        row_of(w.counters, row).c[C_STAYED] += 1
+    deliver(w, up, view, g, keyed, hash, due)
+
+
+cdef void on_forward(World* w, Conn* c, FrameView* view, PushFields* fields) noexcept nogil:
+    """A peer's delivery: always for a client of ours, whatever the rules say."""
+    cdef Group* g = group_named(w, &fields.group)
+    cdef uint32_t row = g.row if g != NULL else c.row
+    cdef const Span* node = &w.snapshot.node
+    cdef int cause = delivery_hurdle(w, c, g)
+    cdef bint keyed
+    cdef uint64_t hash = 0
+    view.hint |= PUSH_HINT_DELIVERY
+    take_in_push(w, row, view)
+    if fields.hop != 1 or fields.origin.at == NULL or (
+            fields.origin.size == node.size and memcmp(fields.origin.at, node.at, node.size) == 0):
+        row_of(w.counters, row).c[C_LOOPS] += 1
+        cause = CAUSE_UNDECODABLE
+    if cause != CAUSE_NONE:
+        refuse(w, c, view, row, PUSHES, cause)
+        return
+    push_as_deliver(view, fields)
+    keyed = g.ordered and fields.key.at != NULL
+    if keyed:
+        hash = stable_hash(fields.key.at, fields.key.size)
+    deliver(w, c, view, g, keyed, hash, deadline_ms(w, view))
+
+
+cdef inline bint too_full(World* w, const Conn* c) noexcept nogil:
+    """It does not read what it gets: more would only lie here."""
+    return c.queued_bytes > w.snapshot.limits.queue_bytes_max // 4 * 3
+
+
+cdef bint hand_over(World* w, Conn* asker, FrameView* view, Group* g, Member* m, bint keyed, uint64_t hash,
+                    Fan* fan, uint64_t due) noexcept nogil:
+    """One delivery to one member. False = no memory or no id left; nothing has changed."""
+    cdef Slot* slot
+    cdef Delivery* d = delivery_new(w, DELIVERY_LOCAL)
+    if d == NULL:
+        return False
+    if keyed:
+        d.key = key_take(w, g, hash, m, 0)
+    slot = send_request(w, m.conn, asker, view, g.row, 0, NULL, due) if d.key != NULL or not keyed else NULL
+    if slot == NULL:
+        delivery_drop(w, d)
+        return False
+    d.group = g.id
+    d.member = m
+    d.fan = fan
+    member_take(m)
+    slot.delivery = d
+    return True
+
+
+cdef void deliver(World* w, Conn* asker, FrameView* view, Group* g, bint keyed, uint64_t hash,
+                  uint64_t due) noexcept nogil:
+    """To a client of ours, or refused: nothing waits here."""
+    cdef int cause = CAUSE_OVERLOAD
+    cdef Key* key = key_find(g, hash) if keyed else NULL
+    cdef Member* m = NULL
+    cdef Entry* e
+    if key == NULL:
+        m = member_pick(g, keyed, hash, &cause)
+    elif key.member != NULL and key.member.group == g and member_has_credit(key.member):
+        m = key.member
+    if m != NULL:
+        cause = CAUSE_OVERLOAD
+        if too_full(w, m.conn):
+            pass
+        elif view.kind == FRAME_ONEWAY:
+            e = queue_as_it_lies(w, m.conn, view.data, view.size, ENTRY_ONEWAY)
+            if e != NULL:
+                e.row = g.row
+                e.received_ns = w.now_ns
+                e.block = PUSHES
+                return
+        elif hand_over(w, asker, view, g, m, keyed, hash, NULL, due):
+            return
+    refuse(w, asker, view, g.row, PUSHES, cause)
+
+
+cdef void broadcast(World* w, Conn* up, FrameView* view, Group* g, uint64_t due) noexcept nogil:
+    """To every client connection of the group, or to none: one that has no credit would miss it.
+    Each copy is counted as a delivery of its own."""
+    cdef uint32_t i, last = 0, takers = 0
+    cdef Member* m
+    cdef Fan* fan = NULL
+    cdef FrameView copy
+    cdef uint8_t* block = w.block
+    cdef uint32_t room = w.block_room
+    cdef uint8_t* p
+    cdef bint oneway = view.kind == FRAME_ONEWAY
+    cdef int cause = CAUSE_NONE
+    for i in range(g.members_count):
+        m = g.members[i]
+        if m.conn.state == CONN_DOOMED or m.conn.lingering:
+            continue
+        takers += 1
+        last = i
+        if too_full(w, m.conn) or not (oneway or member_has_credit(m)):
+            cause = CAUSE_OVERLOAD
+    if takers == 0:
+        cause = CAUSE_NO_ROUTE
+    if cause == CAUSE_NONE:
+        fan = <Fan*>mem_take(w, sizeof(Fan))
+        if fan == NULL:
+            cause = CAUSE_OVERLOAD
+    if cause != CAUSE_NONE:
+        refuse(w, up, view, g.row, PUSHES, cause)
+        return
+    memset(fan, 0, sizeof(Fan))
+    fan.asker = conn_handle(up)
+    fan.orig = view.id
+    fan.hint = view.hint
+    fan.silent = oneway
+    fan.open = 1            # ours, until all copies are on their way
+    row_of(w.counters, g.row).c[PUSHES + (C_ONEWAY_ACCEPTED if oneway else C_ACCEPTED)] += takers - 1
+    for i in range(last + 1):
+        m = g.members[i]
+        if m.conn.state == CONN_DOOMED or m.conn.lingering:
+            continue
+        copy = view[0]
+        w.block = block
+        w.block_room = room
+        if i != last:
+            p = area_take(w, view.size)
+            w.block = NULL
+            w.block_room = 0
+            if p == NULL:
+                p = <uint8_t*>mem_take(w, view.size)
+                w.block = p
+                w.block_room = view.size
+            if p != NULL:
+                memcpy(p, view.data, view.size)
+            copy.data = p
+        if copy.data != NULL and one_copy(w, up, &copy, g, m, fan, due):
+            continue
+        if i != last and w.block != NULL:
+            mem_give(w, w.block, w.block_room)
+        fan.later = 1
+        row_of(w.counters, g.row).c[PUSHES + (C_ONEWAY_DROPPED if oneway else C_FAILED + CAUSE_OVERLOAD)] += 1
+    fan_close(w, fan)
+
+
+cdef bint one_copy(World* w, Conn* up, FrameView* view, Group* g, Member* m, Fan* fan, uint64_t due) noexcept nogil:
+    cdef Entry* e
+    if view.kind == FRAME_ONEWAY:
+        e = queue_as_it_lies(w, m.conn, view.data, view.size, ENTRY_ONEWAY)
+        if e == NULL:
+            return False
+        e.row = g.row
+        e.received_ns = w.now_ns
+        e.block = PUSHES
+        return True
+    if not hand_over(w, up, view, g, m, False, 0, fan, due):
+        return False
+    fan.open += 1
+    return True
+
+
+cdef void fan_close(World* w, Fan* fan) noexcept nogil:
+    """One more of a broadcast's copies is settled. The last one answers for all."""
+    cdef uint8_t[256] frame
+    cdef uint32_t size
+    cdef Conn* asker
+    fan.open -= 1
+    if fan.open:
+        return
+    asker = conn_of(w, fan.asker)
+    if asker != NULL and not fan.silent:
+        if fan.later or not fan.consumed:
+            size = push_answer(&fan.orig, fan.hint, RESULT_LATER, 0, b"not consumed by all", frame)
+        else:
+            size = push_answer(&fan.orig, fan.hint, RESULT_CONSUMED, 0, NULL, frame)
+        if queue_own(w, asker, frame, size) == NULL:
+            conn_doom(w, asker, CLOSED_MEMORY, 0)
+    mem_give(w, fan, sizeof(Fan))
+
+
+cdef void fan_settled(World* w, Delivery* d, bint again) noexcept nogil:
+    """This copy of a broadcast is settled; `again`: it was not consumed."""
+    cdef Fan* fan = d.fan
+    d.fan = NULL
+    if again:
+        fan.later = 1
+    fan_close(w, fan)
+
+
+# --- to a peer, and back --------------------------------------------------------------------------
+
+cdef bint forward(World* w, Conn* asker, FrameView* view, PushFields* fields, Group* g, bint keyed,
+                  uint64_t hash, uint32_t at, uint64_t due) noexcept nogil:
+    """To the peer behind endpoint `at`. False = it cannot be reached now; nothing has changed.
+
+    The new frame is kept until it is answered: the queue refers to it, and should the peer refuse
+    it, it is offered here.
+    """
+    cdef Endpoint* endpoint = w.endpoint_of[at] if at < IDS else NULL
+    cdef Conn* up = pool_peer(w, endpoint) if endpoint != NULL else NULL
+    cdef const MeshLimits* limits = &w.snapshot.limits
+    cdef uint32_t size
+    cdef Delivery* d
+    cdef FrameView sent
+    cdef FrameId id
+    cdef Span[3] piece
+    cdef uint8_t[32] scratch
+    cdef Slot* slot
+    cdef Entry* e
+    if up == NULL or up.queued_bytes > limits.queue_bytes_max:
+        return False
+    size = push_forward_size(view, fields, &w.snapshot.node)
+    if size == 0 or size > limits.codec.frame_bytes_max:
+        return False
+    d = delivery_new(w, DELIVERY_FORWARD)
+    if d == NULL:
+        return False
+    d.group = g.id
+    d.copy = <uint8_t*>mem_take(w, size)
+    d.copy_size = size
+    if keyed and d.copy != NULL:
+        d.key = key_take(w, g, hash, NULL, at)
+    if d.copy == NULL or (keyed and d.key == NULL):
+        delivery_drop(w, d)
+        return False
+    push_forward(view, fields, &w.snapshot.node, d.copy)
+    if up.codec.scan(NULL, d.copy, size, &limits.codec, 0, &sent) != PARSE_OK:
+        delivery_drop(w, d)
+        return False
+    sent.id = view.id
+    sent.hint = view.hint
+    slot = new_slot(w, up, asker, &sent, g.row, PUSHES, 0)
+    if slot == NULL:
+        delivery_drop(w, d)
+        return False
+    memset(&id, 0, sizeof(id))
+    id.number = slot_id(slot)
+    up.codec.patch(&sent, &id, scratch, piece)
+    e = queue_frame(w, up, d.copy, size, 0, ENTRY_REQUEST)
+    if e == NULL:
+        leave_flight(w, slot)
+        free_slot(w, slot, MISS_NONE)
+        delivery_drop(w, d)
+        return False
+    e.slot = slot
+    e.row = g.row
+    e.received_ns = w.now_ns
+    e.tries = NO_RETRY
+    slot.entry = e
+    slot.delivery = d
+    timer_set(&w.wheel, &slot.timer, due)
+    row_of(w.counters, g.row).c[C_FORWARDED] += 1
+    row_of(w.counters, endpoint.row).c[C_SENT] += 1
+    return True
+
+
+cdef bint again_from_copy(World* w, Slot* slot, FrameView* view, uint64_t* due) noexcept nogil:
+    """The frame that a settled slot kept, as its asker sent it, in w.block: whoever queues it takes
+    it over. The slot is out of flight and carries nothing any more; the caller releases it. False =
+    there is none (and the slot is as it was)."""
+    cdef Delivery* d = <Delivery*>slot.delivery
+    cdef Conn* on = <Conn*>slot.table_owner
+    cdef Limits limits
+    cdef uint8_t* copy = d.copy
+    if copy == NULL:
+        return False
+    limits.frame_bytes_max = d.copy_size     # it was accepted once: a limit lowered since is not for it
+    if on.codec.scan(NULL, copy, d.copy_size, &limits, 0, view) != PARSE_OK:
+        return False
+    view.id = slot.orig
+    view.hint = slot.hint
+    due[0] = slot.timer.at_ms
+    leave_flight(w, slot)
+    w.block = copy
+    w.block_room = d.copy_size
+    d.copy = NULL
+    delivery_end(w, slot)
+    return True
+
+
+cdef bint goes_on(World* w, Slot* slot) noexcept nogil:
+    """What was lost with its connection, or refused there before it was executed, and may still go
+    somewhere else: an idempotent publish to another broker, a forward to a client of ours. False =
+    the slot is as it was and has to be settled; else it only remains to be released."""
+    cdef Delivery* d = <Delivery*>slot.delivery
+    cdef Conn* asker = conn_of(w, slot.asker)
+    cdef Group* g
+    cdef Cluster* k
+    cdef Slot* next_slot
+    cdef FrameView view
+    cdef PushFields fields
+    cdef uint8_t* block = w.block
+    cdef uint32_t room = w.block_room
+    cdef uint64_t due = 0, only = d.only
+    cdef uint8_t tries = slot.tries
+    cdef uint32_t row = slot.row
+    cdef bint keyed
+    cdef uint64_t hash
+    if asker == NULL or w.stopping or d.fan != NULL:
+        return False
+    if d.kind == DELIVERY_FORWARD:
+        g = w.group_of[d.group]
+        keyed = d.key != NULL
+        hash = d.key.hash if keyed else 0
+        if g == NULL or not again_from_copy(w, slot, &view, &due):
+            return False
+        row_of(w.counters, row).c[C_OFFERED] += 1
+        if push_read(&view, &fields) > 0:
+            push_as_deliver(&view, &fields)
+        deliver(w, asker, &view, g, keyed, hash, due)
+    elif d.kind == DELIVERY_PUBLISH:
+        k = w.cluster_of[slot.cluster]
+        if k == NULL or tries >= w.snapshot.limits.retries_max or not again_from_copy(w, slot, &view, &due):
+            return False
+        row_of(w.counters, row).c[REQUESTS + C_RETRIED] += 1
+        next_slot = forward_request(w, asker, &view, row, k, only, due, keep_publish(w, &view, only))
+        if next_slot != NULL:
+            next_slot.tries = tries + 1
+    else:
+        return False
+    if w.block != NULL:
+        mem_give(w, w.block, w.block_room)
+    w.block = block
+    w.block_room = room
+    return True
+
+
+cdef Delivery* keep_publish(World* w, const FrameView* view, uint64_t only) noexcept nogil:
+    """A copy of an idempotent publish, so that it can go to another broker when this one dies. NULL
+    = no memory: then it is like any other."""
+    cdef Delivery* d = delivery_new(w, DELIVERY_PUBLISH)
+    if d == NULL:
+        return NULL
+    d.only = only
+    d.copy = <uint8_t*>mem_take(w, view.size)
+    d.copy_size = view.size
+    if d.copy == NULL:
+        delivery_drop(w, d)
+        return NULL
+    memcpy(d.copy, view.data, view.size)
+    return d
+
+
+cdef bint delivery_answered(World* w, Slot* slot, const FrameView* view) noexcept nogil:
+    """An answer that is not simply passed on: a copy of a broadcast, or a forward that the peer
+    refused before execution. True = it is dealt with."""
+    cdef Delivery* d = <Delivery*>slot.delivery
+    cdef PushFields fields
+    cdef int read
+    if d.fan == NULL and d.kind != DELIVERY_FORWARD:
+        return False
+    read = push_read(view, &fields)
+    if d.fan != NULL:
+        row_of(w.counters, slot.row).c[slot.block + C_ANSWERED] += 1
+        row_of(w.counters, slot.row).latency[latency_index(w.now_ns - slot.received_ns)] += 1
+        hop_record(w.counters, HOP_UPSTREAM, w.now_ns - slot.sent_ns)
+        if read > 0 and fields.result == RESULT_CONSUMED:
+            d.fan.consumed = 1
+            fan_settled(w, d, False)
+        else:
+            fan_settled(w, d, True)
+        leave_flight(w, slot)
+    elif read <= 0 or fields.result != RESULT_NO_CONSUMER or not goes_on(w, slot):
+        return False
+    free_slot(w, slot, MISS_DUPLICATE)
+    return True
+
+
+# --- Python's own requests ------------------------------------------------------------------------
+
+cdef void call_told(World* w, Slot* slot, int cause) noexcept nogil:
+    """Python hears that nobody will answer; the caller ends the slot."""
+    cdef Delivery* d = <Delivery*>slot.delivery
+    d.notice.b = <uint64_t>cause
+    notice_tell(w, &d.notice)
+
+
+cdef void call_over(World* w, Slot* slot, int cause) noexcept nogil:
+    """Its deadline has passed: an id that left rests, as that of any late answer."""
+    cdef Conn* on = <Conn*>slot.table_owner
+    cdef Entry* e = <Entry*>slot.entry
+    call_told(w, slot, cause)
+    timer_clear(&w.wheel, &slot.timer)
+    if e != NULL:
+        entry_drop(w, on, e)
+        slot.entry = NULL
+        free_slot(w, slot, MISS_LATE)
+        return
+    delivery_end(w, slot)
+    slot_rest(&on.sent, slot, MISS_LATE)
+    timer_set(&w.wheel, &slot.timer, w.now_ms + SLOT_REST_MS)
+
+
+cdef void call_answered(World* w, Conn* c, Slot* slot, FrameView* view) noexcept nogil:
+    cdef Delivery* d = <Delivery*>slot.delivery
+    if view.size > w.events.size // 4 - RECORD_ROOM:
+        call_told(w, slot, CAUSE_UNDECODABLE)
+    elif w.untold != NULL or event_push(w, EVENT_ANSWER, d.notice.a, 0, 0, view.data, view.size) != 0:
+        tell_later(w, c)
+        return
+    timer_clear(&w.wheel, &slot.timer)
+    free_slot(w, slot, MISS_DUPLICATE)
+
+
+cdef void relay_call(World* w, uint64_t handle, uint64_t ticket, uint64_t timeout_ms, const uint8_t* data,
+                     uint32_t size) noexcept nogil:
+    cdef Conn* c = conn_of(w, handle)
+    cdef Delivery* d = delivery_new(w, DELIVERY_CALL)
+    cdef Slot* slot = NULL
+    cdef uint8_t* p
+    cdef uint32_t room = 0
+    cdef size_t grew = 0
+    cdef FrameView view
+    cdef FrameId id
+    cdef Span[3] piece
+    cdef uint8_t[32] scratch
+    cdef Entry* e = NULL
+    cdef int cause = CAUSE_OVERLOAD
+    w.counters.p[P_CALLS] += 1
+    if d == NULL:
+        if event_push(w, EVENT_ANSWER, ticket, CAUSE_OVERLOAD, 0, NULL, 0) != 0:
+            w.counters.p[P_EVENTS_LOST] += 1
+        return
+    d.notice.kind = EVENT_ANSWER
+    d.notice.a = ticket
+    p = area_take(w, size)
+    if p == NULL:
+        p = <uint8_t*>mem_take(w, size)
+        room = size
+    if c == NULL or c.codec == NULL or c.state == CONN_CONNECTING:
+        cause = CAUSE_UPSTREAM_LOST
+    elif p != NULL:
+        memcpy(p, data, size)
+        if c.codec.patch_kind != 0 or c.codec.scan(NULL, p, size, &w.snapshot.limits.codec, 0, &view) != PARSE_OK or \
+                view.size != size or view.kind != FRAME_REQUEST:
+            cause = CAUSE_UNDECODABLE
+        else:
+            slot = slot_take(&c.sent, &grew)
+            w.budget.used += grew
+    if slot != NULL:
+        slot.timer.owner = slot
+        slot.timer.kind = TIMER_SLOT
+        slot.table_owner = c
+        slot.received_ns = w.now_ns
+        slot.row = c.row
+        slot.delivery = d
+        memset(&id, 0, sizeof(id))
+        id.number = slot_id(slot)
+        c.codec.patch(&view, &id, scratch, piece)
+        e = queue_frame(w, c, p, size, room, ENTRY_REQUEST)
+        if e != NULL:
+            e.slot = slot
+            e.row = c.row
+            e.tries = NO_RETRY
+            slot.entry = e
+            timer_set(&w.wheel, &slot.timer, w.now_ms + timeout_ms)
+            if c.kind == KIND_BROKER and not c.greeted:
+                queue_greeting(w, c, e)
+            return
+        slot.delivery = NULL
+        free_slot(w, slot, MISS_NONE)
+    if room:
+        mem_give(w, p, room)
+    d.notice.b = <uint64_t>cause
+    notice_tell(w, &d.notice)
+    if not d.notice.waiting:
+        delivery_drop(w, d)
 
 
 # === answers, both directions =====================================================================
@@ -767,7 +1441,9 @@ cdef void on_answer(World* w, Conn* c, FrameView* view) noexcept nogil:
         follow_stream(c, NULL, view, 0, REQUESTS)
         return
     if unlikely(slot.asker == 0 or view.kind == FRAME_HEARTBEAT_ACK or slot.sent_ns == 0):
-        if slot.asker == 0 and view.kind == FRAME_HEARTBEAT_ACK:
+        if slot.asker == 0 and slot.delivery != NULL and slot.sent_ns != 0 and view.kind == FRAME_RESPONSE:
+            call_answered(w, c, slot, view)
+        elif slot.asker == 0 and slot.delivery == NULL and view.kind == FRAME_HEARTBEAT_ACK:
             c.heartbeat_open = NULL
             free_slot(w, slot, MISS_DUPLICATE)
         else:
@@ -775,8 +1451,10 @@ cdef void on_answer(World* w, Conn* c, FrameView* view) noexcept nogil:
             w.counters.p[P_DROPPED + MISS_UNKNOWN] += 1
             follow_stream(c, NULL, view, 0, REQUESTS)
         return
+    if slot.delivery != NULL and delivery_answered(w, slot, view):
+        return
     asker = conn_of(w, slot.asker)
-    block = block_of(slot)
+    block = slot.block
     if unlikely(asker == NULL):
         # It was doomed earlier in this turn and is not buried yet.
         w.counters.p[P_DROPPED + MISS_CLIENT_GONE] += 1
@@ -799,7 +1477,7 @@ cdef void on_answer(World* w, Conn* c, FrameView* view) noexcept nogil:
     row = row_of(w.counters, slot.row)
     row.latency[latency_index(w.now_ns - slot.received_ns)] += 1
     row.c[block + C_ANSWERED] += 1
-    if block == REQUESTS:
+    if c.role == ROLE_UPSTREAM:
         row = row_of(w.counters, c.endpoint.row)
         row.latency[latency_index(spent)] += 1
         row.c[REQUESTS + C_ANSWERED] += 1
@@ -925,7 +1603,7 @@ cdef void settle_parked(World* w, Parked* p, int cause, Cluster* k) noexcept nog
     w.block = p.data
     w.block_room = p.size
     if cause == CAUSE_NONE:
-        forward_request(w, c, &view, p.row, k, due)
+        forward_request(w, c, &view, p.row, k, 0, due, NULL)
     elif oneway:
         row_of(w.counters, p.row).c[REQUESTS + C_ONEWAY_DROPPED] += 1
     elif cause == CAUSE_DEADLINE:
@@ -992,8 +1670,10 @@ cdef void dispatch(World* w, Conn* c, FrameView* view) noexcept nogil:
     if view.kind == FRAME_RESPONSE or (view.kind == FRAME_HEARTBEAT_ACK and c.role == ROLE_UPSTREAM):
         on_answer(w, c, view)
     elif view.kind == FRAME_REQUEST or view.kind == FRAME_ONEWAY:
-        if c.role == ROLE_DOWNSTREAM:
-            on_request(w, c, view)
+        if c.kind != KIND_RELAY:
+            on_push_traffic(w, c, view)
+        elif c.role == ROLE_DOWNSTREAM:
+            on_request(w, c, view, False)
         else:
             on_push(w, c, view)
     elif view.kind == FRAME_HEARTBEAT:
@@ -1025,6 +1705,11 @@ cdef uint32_t feed(World* w, Conn* c, uint8_t* data, uint32_t n) noexcept nogil:
             size = view.size
             w.counters.p[P_FRAMES] += 1
             dispatch(w, c, &view)
+            if unlikely(w.refeed):
+                # Python has too much to read: the frame stays where it is and is tried again.
+                w.refeed = 0
+                c.part_ready = 1
+                break
             at += size
             if c.state == CONN_DOOMED or c.lingering:
                 break
@@ -1089,6 +1774,7 @@ cdef void on_eof(World* w, Conn* c) noexcept nogil:
     if c.lingering:
         conn_doom(w, c, c.close_reason, 0)
     elif c.role == ROLE_DOWNSTREAM and (c.asked_count or c.head != NULL or c.parked != NULL):
+        groups_leave(w, c)      # it can answer nothing any more
         conn_hold(w, c, HOLD_EOF)
     else:
         conn_doom(w, c, CLOSED_BY_PEER, 0)
@@ -1230,7 +1916,10 @@ cdef void relay_readable(World* w, Conn* c, bint to_end) noexcept nogil:
     cdef uint32_t offered
     cdef int64_t n
     # (with `part_ready` its buffer holds whole frames, which relay_resume() takes first, in the next turn)
-    while c.state != CONN_DOOMED and c.hold == 0 and not c.part_ready:
+    while c.state != CONN_DOOMED and c.hold == 0:
+        if c.part_ready:
+            conn_look_again(w, c)
+            return
         if taken >= READ_BYTES_PER_TURN or AREA_BYTES - w.area_used < 2 * PART_IN_AREA_BYTES:
             conn_look_again(w, c)
             return
@@ -1245,8 +1934,31 @@ cdef void relay_readable(World* w, Conn* c, bint to_end) noexcept nogil:
         taken += <uint64_t>n
 
 
+cdef void feed_whole_part(World* w, Conn* c) noexcept nogil:
+    """More is buffered than the read area holds: the buffer stands in for it, until what refers to it
+    has left or was spilled."""
+    cdef uint8_t* block = c.part
+    cdef uint32_t room = c.part_room
+    cdef uint32_t size = c.part_size
+    cdef uint32_t used
+    c.part = NULL
+    c.part_room = 0
+    c.part_size = 0
+    used = feed(w, c, block, size)
+    if used == 0 and c.state != CONN_DOOMED and not c.lingering:
+        c.part = block
+        c.part_room = room
+        c.part_size = size
+        return
+    keep_part(w, c, block + used, size - used, True)
+    relay_bury(w)
+    flush_all(w)
+    mem_give(w, block, room)
+
+
 cdef void relay_resume(World* w) noexcept nogil:
     cdef Conn* c
+    cdef uint64_t handle
     cdef uint8_t* base
     cdef uint32_t size, used
     while w.resume != NULL:
@@ -1257,11 +1969,18 @@ cdef void relay_resume(World* w) noexcept nogil:
             drop_part(w, c)
         if c.state == CONN_DOOMED or c.hold & HOLD_PARSING or not c.part_ready:
             continue
+        handle = conn_handle(c)
         size = c.part_size
         base = area_take(w, size)
         if base == NULL:
+            relay_bury(w)       # (what was queued there still lies in the area)
             flush_all(w)
+            if conn_of(w, handle) == NULL:
+                continue
             base = area_take(w, size)
+        if base == NULL:
+            feed_whole_part(w, c)
+            continue
         memcpy(base, c.part, size)
         used = feed(w, c, base, size)
         keep_part(w, c, base + used, size - used, used > 0)
@@ -1278,7 +1997,8 @@ cdef void relay_client_due(World* w, Conn* c) noexcept nogil:
     cdef uint64_t due = NEVER
     cdef uint64_t at
     cdef Link* link
-    cdef bint owes = c.asked_count != 0 or c.sent.used > c.sent.resting or c.parked != NULL
+    cdef bint owes = c.asked_count != 0 or c.sent.used > c.sent.resting or c.parked != NULL or \
+        c.hold & HOLD_CONTROL != 0
     if c.lingering:
         if now >= c.linger_until_ms:
             conn_doom(w, c, c.close_reason, 0)
@@ -1294,8 +2014,9 @@ cdef void relay_client_due(World* w, Conn* c) noexcept nogil:
                     break
                 due = link.pause_until_ms if link.pause_until_ms < due else due
             link = link.next
-    if c.hold & HOLD_PUNT and c.parked != NULL:
-        if tell_parked(w, c.parked) == 0:
+    if c.hold & HOLD_PUNT:
+        # a parked frame is told from here; any other is read again
+        if c.parked == NULL or tell_parked(w, c.parked) == 0:
             conn_release(w, c, HOLD_PUNT)
         else:
             due = now + PUNT_RETRY_MS
@@ -1348,6 +2069,11 @@ cdef void relay_client_due(World* w, Conn* c) noexcept nogil:
 
 # === burial =======================================================================================
 
+cdef inline bint may_have_run(const Slot* slot) noexcept nogil:
+    """Unless it is idempotent, what left whole is offered to nobody else."""
+    return slot.sent_ns != 0 and (<Delivery*>slot.delivery).kind != DELIVERY_PUBLISH
+
+
 cdef void fail_sent(World* w, Conn* c, int cause) noexcept nogil:
     """Every request that we sent on `c` and that nobody will answer now."""
     cdef uint32_t cursor = 0
@@ -1357,10 +2083,15 @@ cdef void fail_sent(World* w, Conn* c, int cause) noexcept nogil:
     slot = slot_each(&c.sent, &cursor)
     while slot != NULL:
         if slot.state == SLOT_IN_FLIGHT and slot.asker:
-            fail(w, slot, cause)
-            leave_flight(w, slot)
+            if slot.delivery == NULL or may_have_run(slot) or not goes_on(w, slot):
+                fail(w, slot, cause)
+                leave_flight(w, slot)
+        elif slot.state == SLOT_IN_FLIGHT and slot.delivery != NULL:
+            timer_clear(&w.wheel, &slot.timer)
+            call_told(w, slot, cause)
         else:
             timer_clear(&w.wheel, &slot.timer)
+        delivery_end(w, slot)
         slot_release(&c.sent, slot, MISS_NONE)
         slot = slot_each(&c.sent, &cursor)
 
@@ -1370,9 +2101,11 @@ cdef void abandon_asked(World* w, Conn* c) noexcept nogil:
     cdef Slot* slot
     while c.asked != NULL:
         slot = c.asked
-        row_of(w.counters, slot.row).c[block_of(slot) + C_FAILED + CAUSE_CLIENT_GONE] += 1
+        row_of(w.counters, slot.row).c[slot.block + C_FAILED + CAUSE_CLIENT_GONE] += 1
         if slot.sampled:
             sample(w, slot, CAUSE_CLIENT_GONE, 0)
+        if slot.delivery != NULL and (<Delivery*>slot.delivery).fan != NULL:
+            fan_settled(w, <Delivery*>slot.delivery, True)
         end_in_flight(w, slot, MISS_CLIENT_GONE)    # takes it off c.asked
     c.asked_count = 0
 
@@ -1405,7 +2138,7 @@ cdef bint send_elsewhere(World* w, Entry* e, uint8_t tries) noexcept nogil:
     if k.codec.scan(state, e.data, e.size, &w.snapshot.limits.codec, 0, &view) != PARSE_OK:
         return False     # the limit was lowered since
     client = conn_handle(e.link.client) if e.link.client != NULL else 0
-    up = pool_pick(w, k, e.link, client, view.dialect, &cause)
+    up = pool_pick(w, k, e.link, client, view.dialect, e.only, &cause)
     if up == NULL:
         return False
     memset(&id, 0, sizeof(id))
@@ -1413,9 +2146,11 @@ cdef bint send_elsewhere(World* w, Entry* e, uint8_t tries) noexcept nogil:
         view.id = old.orig
         view.hint = old.hint
         due = old.timer.at_ms
-        slot = new_slot(w, up, asker, &view, old.row, k.id)
+        slot = new_slot(w, up, asker, &view, old.row, old.block, k.id)
         if slot == NULL:
             return False
+        slot.delivery = old.delivery
+        old.delivery = NULL
         slot.received_ns = old.received_ns
         slot.tries = tries
         slot.sampled = old.sampled
@@ -1474,6 +2209,8 @@ cdef void bury_client(World* w, Conn* c) noexcept nogil:
     cdef Link* after
     cdef Conn* up
     cdef uint64_t* row = row_of(w.counters, c.row).c
+    groups_leave(w, c)
+    notice_gone(w, c)
     abandon_asked(w, c)
     empty_queue(w, c, False)
     fail_sent(w, c, CAUSE_CLIENT_GONE)

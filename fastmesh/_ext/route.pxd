@@ -10,11 +10,16 @@ its id across reloads.
 Rules are tried in order and the first match wins. Exact services are found through a hash; only
 rules with a prefix or without a
 service are walked, so a thousand services cost what one does.
+
+The message mesh adds push groups (found by name through a hash of their own), the schedules that say
+which node of an application takes a delivery, and kinds of listeners and clusters, which say what
+the frames on their connections mean.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from .frame cimport Codec, FrameView, Limits
+from .frame cimport Codec, FrameView, Limits, Span
+from .schedule cimport Plan, Schedule
 
 cdef enum Binding:
     BIND_SHARED = 0        # all clients on `connections` per endpoint, ids remapped
@@ -23,6 +28,14 @@ cdef enum Binding:
 cdef enum ServerRequests:
     SERVER_REQUESTS_ANY = 0
     SERVER_REQUESTS_REFUSE = 1
+
+cdef enum Kind:            # what the frames of a connection mean: listeners 0..3, clusters 0, 4, 5
+    KIND_RELAY = 0         # requests are relayed; clusters: a service
+    KIND_PUSH = 1          # push clients: publish by topic, control frames to Python
+    KIND_FORWARD = 2       # peer nodes: forwarded deliveries, control frames to Python
+    KIND_PUNT = 3          # every request goes to Python (the embedded broker)
+    KIND_BROKER = 4        # brokers: deliver and check by group, other requests to Python
+    KIND_PEER = 5          # the forward services of other nodes: their requests go to Python
 
 cdef enum ServiceMatch:
     SERVICE_ANY = 0        # also what has no service at all
@@ -47,10 +60,14 @@ cdef struct Rule:
     uint32_t bucket_rate   # tokens per second, 0 = no bucket
     uint32_t bucket_burst
     uint32_t next_same     # exact: index + 1 of the next rule with the same hash chain, 0 = end
+    # bit per endpoint of the cluster: only these, least in flight by weight; 0 = all, by the
+    # weighted choice of two
+    uint64_t only
 
 cdef struct ListenerRoutes:
     uint32_t id            # stable
     uint32_t row
+    uint8_t kind           # Kind
     const Codec* codec
     Rule* rules
     uint32_t rules_count
@@ -76,9 +93,20 @@ cdef struct ClusterSpec:
     const Codec* codec
     uint8_t binding
     uint8_t server_requests
+    uint8_t kind           # Kind
     uint16_t connections   # per endpoint and engine thread
     uint32_t first_endpoint
     uint32_t endpoints_count
+
+cdef struct GroupSpec:
+    uint32_t id            # stable
+    uint32_t row
+    uint8_t ordered        # by key: one consumer for a key, nothing overtakes
+    uint8_t broadcast      # every connection of the group gets every message
+    const uint8_t* name
+    uint32_t name_size
+    const Plan* schedule   # NULL = everything stays on this node
+    uint32_t next_same     # index + 1 of the next group on the same head, 0 = end
 
 cdef struct MeshLimits:
     Limits codec           # frame_bytes_max
@@ -117,10 +145,18 @@ cdef struct SnapshotData:
     uint32_t clusters_count
     EndpointSpec* endpoints            # grouped by cluster
     uint32_t endpoints_count
+    GroupSpec* groups
+    uint32_t groups_count
+    uint32_t* group_heads              # hash of name -> index + 1
+    uint32_t group_heads_mask
+    Span node                          # this node's name: the origin of what it forwards
 
 # The first rule that matches, or NULL. *malformed = 1 when the header section does not parse as far
 # as it had to be read.
 cdef const Rule* route_find(const ListenerRoutes* listener, const FrameView* view, int* malformed) noexcept nogil
+
+# The push group of that name, or NULL.
+cdef const GroupSpec* group_find(const SnapshotData* snapshot, const Span* name) noexcept nogil
 
 # The codec of that name; ValueError when there is none.
 cdef const Codec* codec_named(str name) except NULL
@@ -129,7 +165,7 @@ cdef class Snapshot:
     cdef SnapshotData* data   # NULL until sealed
     cdef readonly uint64_t version
     cdef object _sealed, _listeners, _clusters, _limits, _keep
-    cdef object _endpoint_ids
+    cdef object _endpoint_ids, _groups, _group_names, _schedules, _node
     cdef void _open(self) except *
     cdef void _compile(self) except *
     cdef const ListenerRoutes* _listener(self, uint32_t listener_id) except NULL

@@ -1,6 +1,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .schedule import Schedule
+
 def register_codec(name: str, capsule: Any) -> None:
     """Make a codec known by name. `capsule` is a PyCapsule named "fastmesh.codec" around a
     `Codec*`.
@@ -27,7 +29,9 @@ class Snapshot:
         binding: str = "shared",
         connections: int = 1,
         server_requests: str = "any",
-    ) -> None: ...
+        kind: str = "service",
+    ) -> None:
+        """`kind`: service, brokers or peers (one connection each, on thread 0 only)."""
     def add_endpoint(
         self,
         cluster_id: int,
@@ -40,7 +44,8 @@ class Snapshot:
         """`address`: ("127.0.0.1", 12201) or ("::1", 12201), a UNIX socket path, or None = not
         resolved yet.
         """
-    def add_listener(self, listener_id: int, *, codec: str, row: int) -> None: ...
+    def add_listener(self, listener_id: int, *, codec: str, row: int, kind: str = "relay") -> None:
+        """`kind`: relay, push, forward or punt; connections of the last three live on thread 0."""
     def add_rule(
         self,
         listener_id: int,
@@ -53,8 +58,28 @@ class Snapshot:
         rate_per_s: int = 0,
         burst: int = 0,
         park: bool = False,
+        endpoints: Sequence[int] = (),
     ) -> None:
-        """`service` None matches everything; with `prefix` it is what that must start with."""
+        """`service` None matches everything; with `prefix` it is what that must start with.
+        `endpoints`: ids of the cluster's endpoints that it may go to, () = all; at most 64 in such
+        a cluster.
+        """
+    def add_schedule(self, schedule_id: int, schedule: Schedule) -> None:
+        """Give the same object again while nothing in it has changed: shares go on where they
+        were."""
+    def add_group(
+        self,
+        group_id: int,
+        *,
+        name: bytes,
+        row: int,
+        ordered: bool = False,
+        broadcast: bool = False,
+        schedule_id: int | None = None,
+    ) -> None:
+        """A push group, found by `name` in `fm.group`; `group_id` is in 1..65535."""
+    def set_node(self, name: bytes) -> None:
+        """This node's name, as its peers know it: the origin of what it forwards."""
     def seal(self) -> None: ...
     def find(self, listener_id: int, frame: bytes) -> tuple[int, int] | None:
         """For tests and `fastmesh check`: (row, cluster_id) that a frame would be routed to, or

@@ -15,6 +15,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from .bytes cimport memcmp, memcpy
 from .counters cimport ROWS_MAX
 from .frame cimport PARSE_OK, Codec, FrameView, Span
+from .schedule cimport Schedule
 
 cdef extern from *:
     """
@@ -75,6 +76,7 @@ cdef enum:
     WEIGHT_MAX = 1000000
     CONNECTIONS_MAX = 1024   # per endpoint and thread
     MEMO = 8                 # header keys whose value a lookup remembers
+    SUBSET_MAX = 64          # endpoints of a cluster whose rules name some of them: bits of a mask
 
 # Everything that hangs on the order of a hash table is different in every process.
 cdef uint64_t[2] SEED
@@ -85,7 +87,7 @@ SEED[0], SEED[1] = [int.from_bytes(os.urandom(8), "little") for _ in range(2)]
 # --------------------------------------------------------------------------------------------------------------
 
 # Imported when a configuration names them, and not before.
-BUILT_IN = {"bolt": "fastmesh._ext.bolt"}
+BUILT_IN = {"bolt": "fastmesh._ext.bolt", "push": "fastmesh._ext.push"}
 cdef dict _codecs = {}
 
 
@@ -147,6 +149,10 @@ LIMITS = {
     "sample_every": (0, UINT31),
 }
 BINDINGS = {"shared": BIND_SHARED, "per_client": BIND_PER_CLIENT}
+LISTENER_KINDS = {
+    "relay": KIND_RELAY, "push": KIND_PUSH, "forward": KIND_FORWARD, "punt": KIND_PUNT
+}
+CLUSTER_KINDS = {"service": KIND_RELAY, "brokers": KIND_BROKER, "peers": KIND_PEER}
 SERVER_REQUESTS = {"any": SERVER_REQUESTS_ANY, "refuse": SERVER_REQUESTS_REFUSE}
 
 
@@ -348,6 +354,20 @@ cdef const Rule* route_find(
     return NULL
 
 
+cdef const GroupSpec* group_find(const SnapshotData* snapshot, const Span* name) noexcept nogil:
+    cdef const GroupSpec* group
+    cdef uint32_t at
+    if snapshot.groups_count == 0 or name.at == NULL:
+        return NULL
+    at = snapshot.group_heads[hash_of(SEED, name.at, name.size) & snapshot.group_heads_mask]
+    while at:
+        group = &snapshot.groups[at - 1]
+        if group.name_size == name.size and memcmp(group.name, name.at, name.size) == 0:
+            return group
+        at = group.next_same
+    return NULL
+
+
 # --- the builder
 # ---------------------------------------------------------------------------------------------------------
 
@@ -371,8 +391,11 @@ cdef void* carve(Arena* arena, size_t size) except? NULL:
 
 cdef uint32_t heads_of(object rules):
     """Size of the hash table: a power of two, at least twice the exact rules."""
-    exact = sum(1 for rule in rules if rule["service"] is not None and not rule["prefix"])
-    return 1 << max(2 * exact - 1, 0).bit_length()
+    return table_size(sum(1 for r in rules if r["service"] is not None and not r["prefix"]))
+
+
+cdef uint32_t table_size(object entries):
+    return 1 << max(2 * entries - 1, 0).bit_length()
 
 
 cdef class Snapshot:
@@ -398,6 +421,10 @@ cdef class Snapshot:
         self._listeners = {}
         self._clusters = {}
         self._endpoint_ids = set()
+        self._groups = {}
+        self._group_names = set()
+        self._schedules = {}
+        self._node = b""
         self._sealed = False
 
     def __dealloc__(self):
@@ -416,6 +443,7 @@ cdef class Snapshot:
         binding="shared",
         connections=1,
         server_requests="any",
+        kind="service",
     ):
         self._open()
         an_id("cluster_id", cluster_id)
@@ -426,12 +454,16 @@ cdef class Snapshot:
         one_of("binding", binding, BINDINGS)
         in_range("connections", connections, 1, CONNECTIONS_MAX)
         one_of("server_requests", server_requests, SERVER_REQUESTS)
+        one_of("kind", kind, CLUSTER_KINDS)
+        if kind != "service" and binding != "shared":
+            raise ValueError(f"binding: {binding!r} does not fit; a cluster of {kind} is shared")
         self._clusters[cluster_id] = {
             "codec": codec,
             "row": row,
             "binding": BINDINGS[binding],
             "connections": connections,
             "server_requests": SERVER_REQUESTS[server_requests],
+            "kind": CLUSTER_KINDS[kind],
             "endpoints": [],
         }
 
@@ -450,14 +482,17 @@ cdef class Snapshot:
         self._clusters[cluster_id]["endpoints"].append(endpoint)
         self._endpoint_ids.add(endpoint_id)
 
-    def add_listener(self, listener_id, *, str codec, row):
+    def add_listener(self, listener_id, *, str codec, row, kind="relay"):
         self._open()
         an_id("listener_id", listener_id)
         if listener_id in self._listeners:
             raise ValueError(f"listener_id: {listener_id} is taken; each needs an id of its own")
         codec_named(codec)
         a_row(row)
-        self._listeners[listener_id] = {"codec": codec, "row": row, "rules": []}
+        one_of("kind", kind, LISTENER_KINDS)
+        self._listeners[listener_id] = {
+            "codec": codec, "row": row, "kind": LISTENER_KINDS[kind], "rules": []
+        }
 
     def add_rule(
         self,
@@ -471,8 +506,10 @@ cdef class Snapshot:
         rate_per_s=0,
         burst=0,
         park=False,
+        endpoints=(),
     ):
         """`service` None matches everything; with `prefix` it is what the service must start with.
+        `endpoints`: ids of the cluster's endpoints that it may go to, () = all of them.
         """
         self._open()
         if listener_id not in self._listeners:
@@ -506,8 +543,64 @@ cdef class Snapshot:
                 "rate": rate_per_s,
                 "burst": burst,
                 "park": bool(park),
+                "only": self._subset(cluster, endpoints),
             }
         )
+
+    def _subset(self, cluster, endpoints):
+        """A bit for each of these endpoints, by its place in the cluster."""
+        places = {endpoint[0]: at for at, endpoint in enumerate(cluster["endpoints"])}
+        if endpoints and len(places) > SUBSET_MAX:
+            raise ValueError(
+                f"endpoints: the cluster has {len(places)}; a rule can name some of them "
+                f"only where it has at most {SUBSET_MAX}"
+            )
+        mask = 0
+        for endpoint_id in endpoints:
+            if endpoint_id not in places:
+                raise ValueError(f"endpoints: {endpoint_id!r} is none of the cluster's")
+            mask |= 1 << places[endpoint_id]
+        return mask
+
+    def add_schedule(self, schedule_id, Schedule schedule not None):
+        """Keeps the schedule alive as long as the snapshot. Give the same object again while
+        nothing in it has changed: the groups' shares go on where they were."""
+        self._open()
+        an_id("schedule_id", schedule_id)
+        if schedule_id in self._schedules:
+            raise ValueError(f"schedule_id: {schedule_id} is taken; each needs an id of its own")
+        self._schedules[schedule_id] = schedule
+
+    def add_group(
+        self, group_id, *, name, row, ordered=False, broadcast=False, schedule_id=None
+    ):
+        """A push group, found by `name` (bytes) in `fm.group`."""
+        self._open()
+        in_range("group_id", group_id, 1, 0xffff)
+        if group_id in self._groups:
+            raise ValueError(f"group_id: {group_id} is taken; each needs an id of its own")
+        a_text("name", name, 1)
+        if name in self._group_names:
+            raise ValueError(f"name: {name!r} is taken; each group needs a name of its own")
+        a_row(row)
+        if ordered and broadcast:
+            raise ValueError("ordered: a broadcast group has no order by key; it must be False")
+        if schedule_id is not None and schedule_id not in self._schedules:
+            raise ValueError(f"schedule_id: {schedule_id!r} is unknown; add the schedule first")
+        self._group_names.add(name)
+        self._groups[group_id] = {
+            "name": name,
+            "row": row,
+            "ordered": bool(ordered),
+            "broadcast": bool(broadcast),
+            "schedule": schedule_id,
+        }
+
+    def set_node(self, name):
+        """This node's name, as its peers know it."""
+        self._open()
+        a_text("node", name, 0)
+        self._node = name
 
     def _cluster(self, cluster_id):
         if cluster_id not in self._clusters:
@@ -528,7 +621,7 @@ cdef class Snapshot:
             raise
         self._sealed = True
         # A hundred thousand rules are ten times as long in Python as they are now.
-        self._listeners = self._clusters = self._endpoint_ids = None
+        self._listeners = self._clusters = self._endpoint_ids = self._groups = None
 
     cdef void _compile(self) except *:
         cdef Arena arena
@@ -536,6 +629,7 @@ cdef class Snapshot:
         cdef ListenerRoutes* listener
         cdef ClusterSpec* cluster
         cdef EndpointSpec* endpoint
+        cdef GroupSpec* group
         cdef Rule* rule
         cdef const uint8_t* text
         cdef uint32_t i, n, heads, slot
@@ -545,14 +639,16 @@ cdef class Snapshot:
         places = {}
         pieces = []
         where = 0
+        texts = [self._node, *(wanted["name"] for wanted in self._groups.values())]
         for wanted in self._listeners.values():
             for r in wanted["rules"]:
-                for piece in (r["service"], *sum(r["headers"], ())):
-                    if piece is not None and piece not in places:
-                        places[piece] = where
-                        pieces.append(piece)
-                        # One byte more, so that no two texts share a place, whatever their length.
-                        where += len(piece) + 1
+                texts += (r["service"], *sum(r["headers"], ()))
+        for piece in texts:
+            if piece is not None and piece not in places:
+                places[piece] = where
+                pieces.append(piece)
+                # One byte more, so that no two texts share a place, whatever their length.
+                where += len(piece) + 1
         self._keep = b"\0".join(pieces) + b"\0"
         text = <const uint8_t*>PyBytes_AS_STRING(self._keep)
 
@@ -560,6 +656,8 @@ cdef class Snapshot:
         size += padded(len(self._listeners) * sizeof(ListenerRoutes))
         size += padded(len(self._clusters) * sizeof(ClusterSpec))
         size += padded(len(self._endpoint_ids) * sizeof(EndpointSpec))
+        heads = table_size(len(self._groups))
+        size += padded(len(self._groups) * sizeof(GroupSpec)) + padded(heads * sizeof(uint32_t))
         for wanted in self._listeners.values():
             rules = wanted["rules"]
             size += padded(len(rules) * sizeof(Rule)) + padded(len(rules) * sizeof(uint32_t))
@@ -584,6 +682,26 @@ cdef class Snapshot:
         data.endpoints_count = <uint32_t>len(self._endpoint_ids)
         data.endpoints = <EndpointSpec*>carve(&arena, data.endpoints_count * sizeof(EndpointSpec))
 
+        data.node.at = text + <size_t>places[self._node]
+        data.node.size = <uint32_t>len(self._node)
+        data.groups_count = <uint32_t>len(self._groups)
+        data.groups = <GroupSpec*>carve(&arena, data.groups_count * sizeof(GroupSpec))
+        data.group_heads_mask = heads - 1
+        data.group_heads = <uint32_t*>carve(&arena, heads * sizeof(uint32_t))
+        for i, (group_id, wanted) in enumerate(self._groups.items()):
+            group = &data.groups[i]
+            group.id = group_id
+            group.row = wanted["row"]
+            group.ordered = wanted["ordered"]
+            group.broadcast = wanted["broadcast"]
+            group.name = text + <size_t>places[wanted["name"]]
+            group.name_size = <uint32_t>len(wanted["name"])
+            if wanted["schedule"] is not None:
+                group.schedule = (<Schedule>self._schedules[wanted["schedule"]]).data
+            slot = hash_of(SEED, group.name, group.name_size) & data.group_heads_mask
+            group.next_same = data.group_heads[slot]
+            data.group_heads[slot] = i + 1
+
         numbers = {}
         n = 0
         for i, (cluster_id, wanted) in enumerate(self._clusters.items()):
@@ -595,6 +713,7 @@ cdef class Snapshot:
             cluster.binding = wanted["binding"]
             cluster.server_requests = wanted["server_requests"]
             cluster.connections = wanted["connections"]
+            cluster.kind = wanted["kind"]
             cluster.first_endpoint = n
             cluster.endpoints_count = <uint32_t>len(wanted["endpoints"])
             for endpoint_id, address, weight, row in wanted["endpoints"]:
@@ -612,6 +731,7 @@ cdef class Snapshot:
             listener = &data.listeners[i]
             listener.id = listener_id
             listener.row = wanted["row"]
+            listener.kind = wanted["kind"]
             listener.codec = codec_named(wanted["codec"])
             listener.rules_count = <uint32_t>len(rules)
             listener.first_exact = listener.rules_count
@@ -623,6 +743,7 @@ cdef class Snapshot:
             for n, r in enumerate(rules):
                 rule = &listener.rules[n]
                 rule.park = r["park"]
+                rule.only = r["only"]
                 rule.row = r["row"]
                 rule.cluster = numbers[r["cluster"]]
                 rule.bucket_rate = r["rate"]

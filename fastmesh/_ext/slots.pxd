@@ -63,7 +63,9 @@ cdef struct Slot:
     uint8_t sampled          # 1 = goes to the event ring when settled
     uint16_t cluster         # cluster index the request was routed to
     uint8_t last_cause       # why the generation before this one ended; valid in every state
+    uint8_t block            # REQUESTS or PUSHES: where the ledger counts it
     uint64_t trace           # sampled: a number that ties its events together
+    void* delivery           # what it is besides (see world.pxd), or NULL
 
 cdef struct SlotTable:
     Slot** pages

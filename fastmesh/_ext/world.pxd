@@ -7,10 +7,11 @@ destination once -> copy the counters if somebody asked. Who does what:
 
     conn.pyx    bytes in, bytes out: descriptors, read area, write queues, memory
     pool.pyx    endpoints: connecting, back-off, heartbeats, ejection, the weighted choice
+    groups.pyx  push groups: members and their credit, keys, which node; what Python must be told
     relay.pyx   frames: route, slot, patch, queue, answer, expire, retry, hold back
     engine.pyx  the thread: epoll, commands, events, accepting; and the class that Python drives
 
-Calls go down that list only from bottom to top (engine -> relay -> pool -> conn). What must travel
+Calls go down that list only from bottom to top (engine -> relay -> groups -> pool -> conn). What must travel
 the other way travels as state: a
 connection that has to die is put on the doomed list, and relay buries it at one place in the turn,
 once.
@@ -19,9 +20,10 @@ once.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from .counters cimport Counters
-from .frame cimport Codec
+from .frame cimport Codec, FrameId
 from .ring cimport Ring
 from .route cimport ListenerRoutes, Rule, SnapshotData
+from .schedule cimport Plan, Share
 from .slots cimport Slot, SlotTable
 from .timers cimport Timer, Wheel
 
@@ -37,6 +39,12 @@ cdef struct Endpoint
 cdef struct Cluster
 cdef struct World
 cdef struct Parked
+cdef struct Group
+cdef struct Member
+cdef struct Key
+cdef struct Fan
+cdef struct Delivery
+cdef struct Notice
 cdef struct ConnInfo
 cdef struct Dump
 
@@ -62,6 +70,7 @@ cdef enum:
     DRAIN_QUIET_MS = 200
     IDS = 1 << 16               # ids of listeners, clusters and endpoints are below this
     PARKED_MAX = 1024           # frames awaiting a verdict, per thread
+    HOME_THREAD = 0             # all push traffic lives here: groups are never shared
 
 cdef enum Role:
     ROLE_DOWNSTREAM = 0
@@ -83,6 +92,7 @@ cdef enum Hold:                 # why a connection is not read (bits)
     # it said its last word; what it asked is still answered (half-close)
     HOLD_EOF = 16
     HOLD_SHORTAGE = 64          # a listener that found no descriptor or no memory
+    HOLD_CONTROL = 128          # Python has a control frame of it: what follows waits for the reply
     # answers by order: the next request waits until this one is answered
     HOLD_ORDER = 32
 
@@ -136,6 +146,7 @@ cdef struct Entry:              # one frame in a write queue
     uint32_t row
     Slot* slot                  # ENTRY_REQUEST: gets sent_ns when the last byte is handed over
     Link* link                  # whose quota it uses, or NULL
+    uint64_t only               # Rule.only, should it have to go elsewhere
     uint64_t received_ns        # 0 = no hop to measure
 
 # one client connection's use of one cluster; outlives the client while entries point at it
@@ -161,6 +172,87 @@ cdef struct Parked:
     uint8_t oneway
     uint64_t received_ns
 
+cdef enum DeliveryKind:        # what a slot is besides a request that somebody waits for
+    DELIVERY_LOCAL = 0          # at a client of ours: uses credit of its connection
+    DELIVERY_FORWARD = 1        # at a peer: the copy is offered to a client of ours if it is refused there
+    DELIVERY_PUBLISH = 2        # an idempotent publish: the copy may go to another broker
+    DELIVERY_CALL = 3           # Python's own request: its outcome is an event
+
+cdef struct Notice:             # an event that must not get lost when the ring is full
+    Notice* next
+    uint32_t kind               # EventKind
+    uint8_t waiting             # on the list of those that found the ring full
+    uint64_t a
+    uint64_t b
+    uint64_t c
+
+cdef struct Delivery:
+    Notice notice               # DELIVERY_CALL: its outcome, without a frame
+    Delivery* free_next
+    Member* member              # whose credit it uses, or NULL
+    Key* key                    # ordered groups: the key that waits for its answer, or NULL
+    Fan* fan                    # one copy of a broadcast, or NULL
+    uint64_t only               # DELIVERY_PUBLISH: Rule.only
+    uint8_t* copy               # whole frame, its id is whatever it was sent with; NULL = none
+    uint32_t copy_size
+    uint32_t group              # stable id, 0 = none
+    uint8_t kind                # DeliveryKind
+
+# one client connection's part in one group; outlives the connection while deliveries point at it
+cdef struct Member:
+    Group* group                # NULL = the group or its part in it has ended
+    Conn* conn                  # NULL = likewise
+    Member* next_of_conn
+    uint64_t rank               # of the connection, for the choice by key
+    uint64_t turn               # when it was chosen last: among equals the one that waited longest
+    uint32_t prefetch           # deliveries that may be unanswered
+    uint32_t in_flight
+    uint32_t at                 # in Group.members
+    uint32_t heap_at            # in Group.heap + 1; 0 = no credit left
+
+# a key of an ordered group with an unanswered delivery; the next one of the key goes to the same place
+cdef struct Key:
+    Key* next
+    uint64_t hash
+    Group* group                # NULL = the group has ended
+    Member* member              # or NULL: at the peer behind ...
+    uint32_t endpoint           # ... this endpoint
+    uint32_t in_flight
+
+cdef struct Fan:                # a broadcast on its way: one answer for all copies
+    uint64_t asker
+    FrameId orig
+    uint32_t hint
+    uint32_t open               # copies that are not settled
+    uint8_t later               # somebody did not consume it: all of it comes again
+    uint8_t consumed            # somebody did
+    uint8_t silent              # one-way: nobody waits for an answer
+
+cdef struct Group:
+    uint32_t id
+    uint32_t row
+    uint8_t ordered
+    uint8_t broadcast
+    uint8_t changed             # Python is to be told how many live here
+    uint64_t version            # of the last snapshot that had it
+    Group* next
+    Member** members            # all of them
+    Member** heap               # those with credit, fewest in flight first; as long as `members`
+    uint32_t members_count
+    uint32_t members_room
+    uint32_t heap_count
+    uint64_t credit             # sum of prefetch
+    uint64_t turns
+    Key** keys                  # by hash, chained
+    uint32_t keys_count
+    uint32_t keys_room          # a power of two, 0 = none yet
+    const Plan* schedule    # NULL = everything stays here
+    Share* share
+    size_t share_bytes
+    uint8_t* reachable          # by node of the schedule, good while peers_seen == World.peers_version
+    uint32_t reachable_room
+    uint64_t peers_seen
+
 cdef struct Conn:
     int fd
     uint32_t index              # handle = generation << 32 | index
@@ -182,6 +274,8 @@ cdef struct Conn:
     uint8_t spoke               # a byte was ever received
     uint8_t lingering           # told why it ends: what it still sends is thrown away
     uint8_t cut_through         # parts are forwarded as they come
+    uint8_t kind                # Kind of its listener or cluster
+    uint8_t greeted             # a client that said hello, and Python agreed; a broker whose hello is queued
     # the half frame's buffer may hold whole frames: reading was held between two of them
     uint8_t part_ready
     uint8_t resuming            # on the resume list
@@ -211,6 +305,9 @@ cdef struct Conn:
     uint64_t wrote_ms           # last byte accepted by the kernel
     uint64_t linger_until_ms
     uint64_t frame_began_ms     # 0 = at a frame boundary
+    # push
+    Member* members             # its parts in groups
+    Notice* notice              # allocated with it, so that its end can always be told; NULL = nobody asks
     # downstream
     uint32_t listener
     uint32_t row
@@ -255,6 +352,9 @@ cdef struct Endpoint:
     Timer timer
     uint8_t gone                # not in the snapshot any more: freed with its last connection
     uint8_t ever_up
+    # peers: ids of the groups that have a consumer there, ascending
+    uint32_t* live_groups
+    uint32_t live_groups_count
     uint32_t address_size
     uint8_t address[128]
 
@@ -264,6 +364,7 @@ cdef struct Cluster:
     const Codec* codec
     uint8_t binding
     uint8_t server_requests
+    uint8_t kind                # Kind
     uint16_t connections
     Endpoint** endpoints
     uint32_t endpoints_count
@@ -295,6 +396,16 @@ cdef struct World:
     Cluster** cluster_of
     Endpoint** endpoint_of
     Cluster* clusters           # every cluster of the snapshot
+    # push (home thread)
+    Group** group_of            # by stable id
+    Group* groups
+    uint64_t peers_version      # moves when any endpoint came, went or changed what it serves
+    Delivery* free_deliveries
+    uint32_t free_deliveries_count
+    Notice* untold              # events that found the ring full, oldest first ...
+    Notice** untold_tail        # ... and where the next one goes
+    uint8_t groups_changed      # some group's `changed` is set
+    uint8_t refeed              # the frame being handled could not be told: it stays where it is
     Wheel wheel
     Counters* counters
     Budget budget
@@ -392,6 +503,11 @@ cdef enum EventKind:
     EVENT_STALL = 11
     EVENT_DRAINED = 12
     EVENT_STOPPED = 13
+    EVENT_FRAME = 14
+    EVENT_OPENED = 15
+    EVENT_GONE = 16
+    EVENT_ANSWER = 17
+    EVENT_GROUP = 18
 
 cdef enum CommandKind:
     COMMAND_PUBLISH = 1         # a = SnapshotData*
@@ -407,3 +523,7 @@ cdef enum CommandKind:
     COMMAND_DUMP = 10
     COMMAND_STALL = 11          # test hook: a = ms
     COMMAND_FAIL_ALLOC = 12     # test hook: a = k
+    COMMAND_REPLY = 13          # a = handle, b = 1: it may publish and be delivered to; payload = bytes
+    COMMAND_CALL = 14           # a = handle, b = ticket, c = timeout ms, payload = request frame
+    COMMAND_SUBSCRIBE = 15      # a = handle, payload = pairs of u32: group id, prefetch
+    COMMAND_PEER_GROUPS = 16    # a = endpoint id, payload = u32 group ids

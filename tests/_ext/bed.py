@@ -81,6 +81,10 @@ class Peer:
             self._frames += self._reader.feed(data)
         return self._frames.pop(0)
 
+    def waiting(self) -> bool:
+        """A whole frame was read already."""
+        return bool(self._frames)
+
     def frames(self, count: int) -> list[bolt.Frame]:
         return [self.frame() for _ in range(count)]
 

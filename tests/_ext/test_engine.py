@@ -223,7 +223,7 @@ class TestEdges:
             frames = b"".join(bolt.request(i, "s", bytes(9000)) for i in range(count))
             sender = threading.Thread(target=client.sendall, args=(frames,))
             sender.start()
-            eventually(lambda: any("quota" in c["held"] for c in bed.connections()), "held")
+            eventually(lambda: bed.process().get("pauses"), "held")
             answerer = threading.Thread(target=echo, args=(uplink,))
             answerer.start()
             assert {f.id for f in client.frames(count)} == set(range(count))
