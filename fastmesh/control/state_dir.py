@@ -16,18 +16,19 @@ LOCK_NAME = "lock"
 class StateDir:
     """Holds the directory from construction to `close()`. Raises StateError."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, called: str = "state_dir") -> None:
+        """`called`: how the operator named it, for what is said about it."""
         self.path = path
         self._fd = -1
         try:
             os.makedirs(path, mode=0o700, exist_ok=True)
             found = os.lstat(path)
             if not stat.S_ISDIR(found.st_mode):
-                raise StateError(f"state_dir {path} is not a directory")
+                raise StateError(f"{called} {path} is not a directory")
             if found.st_uid != os.geteuid():
-                raise StateError(f"state_dir {path} belongs to another user")
+                raise StateError(f"{called} {path} belongs to another user")
             if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise StateError(f"state_dir {path} can be written by others: chmod 700")
+                raise StateError(f"{called} {path} can be written by others: chmod 700")
             self._fd = os.open(
                 os.path.join(path, LOCK_NAME),
                 os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
@@ -40,7 +41,7 @@ class StateDir:
             holder = self._holder() if error.errno in (errno.EAGAIN, errno.EACCES) else ""
             self.close()
             reason = f"is in use{holder}" if holder else (error.strerror or str(error))
-            raise StateError(f"state_dir {path}: {reason}") from error
+            raise StateError(f"{called} {path}: {reason}") from error
 
     def _holder(self) -> str:
         if self._fd < 0:
