@@ -14,23 +14,23 @@ import logging
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
 from fastmesh import config as configuration
 from fastmesh import limits
 from fastmesh._version import __version__
-from fastmesh.admin.auth import Gate
-from fastmesh.admin.server import AdminServer
-from fastmesh.admin.views import Views, error
-from fastmesh.config import Address, Config
+from fastmesh.address import Address
+from fastmesh.admin.views import Views
+from fastmesh.config import Config
 from fastmesh.control.discovery import Discovery, Resolve, resolve_with_system
 from fastmesh.control.listeners import BoundSocket, Listeners, bind
-from fastmesh.control.snapshot import Compiled, Directory, RowLabel, compile_snapshot
+from fastmesh.control.snapshot import FORWARD, Compiled, Directory, RowLabel, compile_snapshot
 from fastmesh.control.state_dir import StateDir
 from fastmesh.errors import (
     ConfigError,
@@ -41,9 +41,15 @@ from fastmesh.errors import (
     Problem,
     StateError,
 )
+from fastmesh.http.gate import Gate
+from fastmesh.http.server import HttpServer
 from fastmesh.observe.events import Events
 from fastmesh.observe.log import Log
 from fastmesh.observe.readings import Readings, poll
+
+if TYPE_CHECKING:
+    from fastmesh.broker.server import Settings as BrokerSettings
+    from fastmesh.mesh.plane import Plane
 
 EVENTS_AT_ONCE = 4096
 TICK_S = 1.0
@@ -86,6 +92,9 @@ class Mesh:
         self._sockets: dict[str, BoundSocket] = {}
         self._accepting: set[int] = set()
         self._admin_socket: BoundSocket | None = None
+        self._registration_socket: BoundSocket | None = None
+        self.plane: Plane | None = None
+        """The message mesh; None without a push section."""
         self._compiled: Compiled | None = None
         self._version = 0
         self._names: dict[int, str] = {}
@@ -97,6 +106,9 @@ class Mesh:
         self._stop_now = asyncio.Event()
         self._reload_again = False
         self._reload_task: asyncio.Task[None] | None = None
+        self._drain_task: asyncio.Task[None] | None = None
+        self._asked_names: set[str] = set()
+        self._learning: asyncio.Task[None] | None = None
         self._stack = contextlib.AsyncExitStack()
 
     # --- start ------------------------------------------------------------------------------------
@@ -114,7 +126,8 @@ class Mesh:
         loop = asyncio.get_running_loop()
 
         # Nobody else may run with our state: checked before anything that others could see.
-        stack.callback(StateDir(config.state_dir).close)
+        state_dir = StateDir(config.state_dir)
+        stack.callback(state_dir.close)
 
         # Descriptors first: what follows is sized by them.
         self._connections_max = self._fit_descriptors(config)
@@ -122,14 +135,33 @@ class Mesh:
         # Sockets are bound before anything serves, so that a port in use is an error and not an
         # outage.
         stack.callback(self._listeners.close)
-        self._sockets = self._listeners.prepare((x.name, x.listen) for x in config.listeners)
+        self._sockets = self._listeners.prepare(_wanted(config))
         self._admin_socket = bind(config.admin.listen, "admin")
         stack.callback(self._admin_socket.close)
+        if config.registration is not None:
+            self._registration_socket = bind(config.registration.listen, "registration")
+            stack.callback(self._registration_socket.close)
+
+        # What clients registered with the last process is in the first snapshot: they find their
+        # groups as they left them. So are the files of brokers and schedules.
+        if config.push is not None:
+            # Imported only where there is one: a relay of RPC alone does not pay for it.
+            from fastmesh.mesh.plane import Plane
+
+            self.plane = Plane(
+                config,
+                state_dir,
+                self.log,
+                name=self._endpoint_name,
+                put_in_force=self._put_mesh_in_force,
+            )
+            stack.push_async_callback(self.plane.close)
+            self.plane.open()
 
         # Names that do not resolve in time are taken up later: a dead resolver must not stop a
         # start.
         stack.callback(self._discovery.close)
-        await self._discovery.learn(config)
+        await self._discovery.learn(config, self._mesh_addresses())
         compiled = self._compile(config, self._connections_max)
 
         # Engine threads are created before this thread lowers its priority, because nice is
@@ -146,10 +178,16 @@ class Mesh:
             endpoint_name=self._endpoint_name,
             verdict=self.engine.verdict,
             drained=self._thread_drained,
+            push=self.plane.take if self.plane is not None else None,
         )
         self.engine.start(compiled.snapshot)
         stack.push_async_callback(self._stop_engine)
         self._compiled = compiled
+        if self.plane is not None:
+            # Before the first event: it has to be known what the numbers in it mean.
+            self.plane.attach(self.engine, self.readings)
+            stack.push_async_callback(self.plane.detach)
+            self.plane.compiled(compiled)
         if self._lower_priority:
             lower_priority()
         loop.add_reader(self.engine.event_fd, self._take_events)
@@ -159,7 +197,17 @@ class Mesh:
         await self._wait_in_force(compiled.version)
         self._move_listeners()
 
-        admin = AdminServer(Gate(config.admin), Views(self), error, self.log)
+        # Registering comes last of the mesh: what it changes is compiled and announced at once.
+        if self.plane is not None and self._registration_socket is not None:
+            from fastmesh.mesh.registration_http import RegistrationServer
+
+            assert config.registration is not None
+            self.plane.start()
+            registration = RegistrationServer(config.registration, self.plane.durable, self.log)
+            await registration.start(self._registration_socket.sock)
+            stack.push_async_callback(registration.close)
+
+        admin = HttpServer("admin", Gate(config.admin), Views(self), self.log)
         await admin.start(self._admin_socket.sock)
         stack.push_async_callback(admin.close)
 
@@ -196,11 +244,16 @@ class Mesh:
                 addresses=self._discovery.addresses,
                 connections_max=connections_max,
                 factory=self._snapshot_factory,
+                mesh=self.plane.view() if self.plane is not None else None,
             )
         except ValueError as wrong:
             raise ConfigError([Problem("", None, str(wrong))], config.source) from wrong
         self._version = compiled.version
-        names = {e.id: f"{e.cluster}/{e.address or e.name}" for e in compiled.endpoints}
+        names = {
+            # Brokers and nodes have names of their own.
+            e.id: e.name if e.id in compiled.kinds else f"{e.cluster}/{e.address or e.name}"
+            for e in compiled.endpoints
+        }
         names.update({number: name for name, number in compiled.listener_ids.items()})
         # Of the last snapshot too: its connections may still have something to say.
         before = self._compiled
@@ -239,8 +292,14 @@ class Mesh:
         assert self._admin_socket is not None
         return self._admin_socket.actual
 
+    @property
+    def registration_address(self) -> Address | None:
+        socket = self._registration_socket
+        return None if socket is None else socket.actual
+
     def addresses(self) -> dict[str, str]:
-        """Where each listener listens, with real ports; {} once nothing is accepted any more."""
+        """Where each listener listens, with real ports; {} once nothing is accepted any more. The
+        forward service is there as `__forward__`."""
         return {name: str(s.actual) for name, s in self._sockets.items() if not s.closed}
 
     def is_ready(self) -> bool:
@@ -260,17 +319,28 @@ class Mesh:
             if keys := configuration.needs_upgrade(self.config, new):
                 raise NeedsUpgradeError(keys)
             connections_max = self._fit_descriptors(new)
-            await self._discovery.learn(new)
-            return await self._put_in_force(new, connections_max)
+            if self.plane is None:
+                await self._discovery.learn(new)
+                return await self._put_in_force(new, connections_max)
+            before = self.config, self.plane.schedules.now
+            self.plane.adopt(new, self.plane.check(new))
+            try:
+                await self._discovery.learn(new, self._mesh_addresses())
+                return await self._put_in_force(new, connections_max)
+            except (ConfigError, BlockingIOError):  # before anything was published
+                self.plane.adopt(*before)
+                raise
 
     async def _put_in_force(self, config: Config, connections_max: int) -> int:
         """Bind, compile, publish, then move the listeners. Whatever fails, fails before publish."""
         before = self._sockets
         try:
-            sockets = self._listeners.prepare((x.name, x.listen) for x in config.listeners)
+            sockets = self._listeners.prepare(_wanted(config))
         except ListenError as wrong:
-            number = [x.name for x in config.listeners].index(wrong.name)
-            path = f"listeners[{number}].listen"
+            path = "push.forward.listen"
+            if wrong.name != FORWARD:
+                number = [x.name for x in config.listeners].index(wrong.name)
+                path = f"listeners[{number}].listen"
             problem = Problem(path, wrong.address, f"cannot be bound: {wrong.reason}")
             raise ConfigError([problem], config.source) from wrong
         try:
@@ -280,6 +350,9 @@ class Mesh:
             raise
         self.engine.publish(compiled.snapshot)
         self._compiled = compiled
+        if self.plane is not None:
+            # What it says to the engine now is done with this snapshot.
+            self.plane.compiled(compiled)
         self._sockets = sockets
         self.config = config
         self.log.configure(form=config.log.format, level=config.log.level)
@@ -347,8 +420,29 @@ class Mesh:
             except FastmeshError as wrong:
                 self.log.limited("error", "refresh", "names not taken up", reason=str(wrong))
 
+    def _mesh_addresses(self) -> list[Address]:
+        found = [] if self.plane is None else list(self.plane.addresses())
+        self._asked_names = {a.host for a in found if not a.is_literal}
+        return found
+
+    async def _put_mesh_in_force(self) -> None:
+        """A snapshot with what was registered, scheduled or found in a file since the last one.
+        Names that are new with it are taken up when they resolve: nothing waits for them."""
+        known = self._asked_names
+        addresses = self._mesh_addresses()
+        if self._asked_names - known and (self._learning is None or self._learning.done()):
+            self._learning = asyncio.ensure_future(self._learn(addresses))
+        async with self._changing:
+            if self.state == "serving":
+                await self._put_in_force(self.config, self._connections_max)
+
+    async def _learn(self, addresses: list[Address]) -> None:
+        await self._discovery.learn(self.config, addresses)
+        if self.plane is not None:
+            self.plane.ask_snapshot()
+
     async def _refresh_names(self) -> None:
-        if not await self._discovery.refresh(self.config):
+        if not await self._discovery.refresh(self.config, self._mesh_addresses()):
             return
         async with self._changing:
             if self.state == "serving":
@@ -359,6 +453,8 @@ class Mesh:
     def _take_events(self) -> None:
         for event in self.engine.events(EVENTS_AT_ONCE):
             self.events.take(event)
+        if self.plane is not None:
+            self.plane.settle()
 
     def _listener_name(self, number: int) -> str:
         return self._names.get(number, str(number))
@@ -376,12 +472,32 @@ class Mesh:
     # --- stop -------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Accept nothing new; clients are let go one by one as they fall quiet. The process
-        stays."""
+        """Accept nothing new; clients are let go one by one as they fall quiet. The process stays.
+
+        With a message mesh brokers and peers are asked first to push nothing more: until they have
+        agreed and what they pushed is answered, for at most stop_timeout_ms, clients stay."""
         if self.state != "serving":
             return
         self.state = "draining"
         self.log.info("draining")
+        if self.plane is None:
+            self._let_go()
+        else:
+            self._drain_task = asyncio.ensure_future(self._leave_mesh(self.plane))
+
+    async def _leave_mesh(self, plane: Plane) -> None:
+        leaving = asyncio.ensure_future(plane.leave(self.config.limits.stop_timeout_ms / 1000))
+        stop_now = asyncio.ensure_future(self._stop_now.wait())
+        try:
+            await asyncio.wait([leaving, stop_now], return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done() and (fault := leaving.exception()) is not None:
+                self.log.error("brokers were not asked to stop", reason=repr(fault))
+        finally:
+            stop_now.cancel()
+            leaving.cancel()
+            self._let_go()
+
+    def _let_go(self) -> None:
         self.engine.drain()
         # Our duplicates too: a connect must be refused, not wait in a backlog that nobody reads.
         self._listeners.close()
@@ -398,9 +514,12 @@ class Mesh:
         await self.stop()
 
     async def stop(self) -> None:
-        timeout_s = self.config.limits.stop_timeout_ms / 1000
+        until = time.monotonic() + self.config.limits.stop_timeout_ms / 1000
         async with self._changing:  # a reload under way ends first: it is bounded
             self.drain()
+        if self._drain_task is not None:
+            await self._drain_task
+        timeout_s = max(0.0, until - time.monotonic())
         await _first(self._all_drained, self._stop_now, timeout_s=timeout_s)
         self.state = "stopping"
         if not self._all_drained.is_set():
@@ -428,8 +547,11 @@ def fit_descriptors(config: Config) -> tuple[int, str]:
         if c.binding == "shared"
     )
     each = 2 if per_client else 1
+    mesh = 0
+    if config.push is not None:
+        mesh = limits.BROKERS_MAX + limits.PEERS_EXPECTED
     # During a reload old and new listeners and upstreams are open side by side.
-    fixed = 2 * (shared + len(config.listeners)) + limits.FDS_RESERVED
+    fixed = 2 * (shared + mesh + len(config.listeners)) + limits.FDS_RESERVED
     need = wanted * each + fixed
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = need if hard == resource.RLIM_INFINITY else min(hard, need)
@@ -457,6 +579,14 @@ def drop_privileges_for_good() -> None:
     import ctypes
 
     ctypes.CDLL(None).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def _wanted(config: Config) -> list[tuple[str, Address]]:
+    """Name and address of every socket that the engine accepts on."""
+    found = [(x.name, x.listen) for x in config.listeners]
+    if config.push is not None and config.push.forward is not None:
+        found.append((FORWARD, config.push.forward))
+    return found
 
 
 def _rows_max() -> int:
@@ -511,3 +641,24 @@ def run(path: str) -> None:
     logging.getLogger().addHandler(_LibraryLog(log))
     drop_privileges_for_good()
     uvloop.run(_serve(config, log))
+
+
+async def _serve_broker(settings: BrokerSettings, log: Log) -> None:
+    from fastmesh.broker.server import Broker
+
+    broker = Broker(settings, log)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, broker.ask_stop)
+    loop.add_signal_handler(signal.SIGINT, broker.ask_stop)
+    await broker.start()
+    await broker.run_until_stopped()
+
+
+def run_broker(settings: BrokerSettings) -> None:
+    """`fastmesh broker`: serve until SIGTERM. Raises FastmeshError."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is nothing to reload
+    log = Log(form=settings.log_format, level=settings.log_level)
+    logging.getLogger().addHandler(_LibraryLog(log))
+    drop_privileges_for_good()
+    sys.setswitchinterval(limits.BROKER_SWITCH_INTERVAL_S)
+    uvloop.run(_serve_broker(settings, log))

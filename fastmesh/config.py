@@ -9,35 +9,43 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import ipaddress
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastmesh import limits as bounds
+from fastmesh.address import HOSTNAME, LOOPBACK_NAMES, Address, unix_address
+from fastmesh.document import (
+    MISSING,
+    List,
+    Problems,
+    Table,
+    Tree,
+    mappings,
+    no_double,
+    read_regular,
+    read_tree,
+)
 from fastmesh.errors import ConfigError, Problem
 
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
 PROTOCOLS = ("bolt",)
+"""What clusters speak, and listeners with routes."""
+LISTENER_PROTOCOLS = (*PROTOCOLS, "push")
 BINDINGS = ("shared", "per_client")
 SERVER_REQUESTS = ("any", "refuse")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-LOOPBACK_NAMES = ("localhost",)
 
-NEEDS_UPGRADE = ("engine", "admin", "state_dir")
-"""Top-level keys that a running process cannot change under itself."""
+NEEDS_UPGRADE = ("engine", "admin", "state_dir", "registration")
+"""Top-level keys that a running process cannot change under itself; with a push section also `node`
+and whether there is one."""
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@/*={},\-]*\Z")
-_HOSTNAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?\Z")
-_MISSING = object()
+MESH_NAME = re.compile(rf"[A-Za-z0-9_.:@/%-]{{1,{bounds.MESH_NAME_CHARS_MAX}}}\Z")
+MESH_NAME_RULE = f'must be 1..{bounds.MESH_NAME_CHARS_MAX} letters, digits or any of "_.:@/%-"'
 
 
 class Secret:
@@ -71,36 +79,6 @@ class Secret:
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
-    """Where to listen or connect: a host and port, or the path of a UNIX socket."""
-
-    host: str = ""
-    port: int = 0
-    path: str = ""
-
-    @property
-    def is_unix(self) -> bool:
-        return bool(self.path)
-
-    @property
-    def is_literal(self) -> bool:
-        """True when no name has to be resolved."""
-        return self.is_unix or _ip(self.host) is not None
-
-    @property
-    def is_loopback(self) -> bool:
-        if self.is_unix or self.host in LOOPBACK_NAMES:
-            return True
-        ip = _ip(self.host)
-        return ip is not None and ip.is_loopback
-
-    def __str__(self) -> str:
-        if self.is_unix:
-            return f"unix:{self.path}"
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
 class Node:
     name: str
     app: str
@@ -114,6 +92,15 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class Admin:
+    listen: Address
+    token: Secret | None = None
+    hosts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """Where applications register (fastmesh.mesh.registration_http)."""
+
     listen: Address
     token: Secret | None = None
     hosts: tuple[str, ...] = ()
@@ -145,6 +132,34 @@ class Listener:
     listen: Address
     protocol: str
     routes: tuple[Rule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """A push broker: one connection, whatever the number of clients."""
+
+    name: str
+    address: Address
+    weight: int = 100
+    topics: tuple[str, ...] = ("*",)
+    """Exact names, or what they start with and "*"."""
+
+    def has(self, topic: str) -> bool:
+        return any(topic.startswith(p[:-1]) if p.endswith("*") else topic == p for p in self.topics)
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """The message mesh of this process."""
+
+    brokers: tuple[Broker, ...] = ()
+    """As configured; () when they stand in a file."""
+    brokers_file: str = ""
+    """Watched; "" when they stand in the configuration."""
+    forward: Address | None = None
+    """Where other nodes' meshes connect; None = this node takes no forwards."""
+    schedule_file: str = ""
+    """Watched; "" = PUT /v1/schedule decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +229,8 @@ class Config:
     limits: Limits
     observe: Observe
     log: LogOptions
+    push: Push | None = None
+    registration: Registration | None = None
     source: str = field(default="", compare=False)
     """The file this came from."""
     sha256: str = field(default="", compare=False)
@@ -227,7 +244,7 @@ def load(path: str | os.PathLike[str]) -> Config:
     """Read and check a configuration file. Raises ConfigError with all its problems."""
     source = os.path.abspath(os.fspath(path))
     try:
-        data = _read_regular(source, bounds.CONFIG_BYTES_MAX)
+        data = read_regular(source, bounds.CONFIG_BYTES_MAX)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError([Problem("", source, f"cannot be read: {reason}")], source) from error
@@ -237,14 +254,14 @@ def load(path: str | os.PathLike[str]) -> Config:
 def parse(data: bytes, *, base: str, source: str = "config") -> Config:
     """Check the bytes of a configuration; relative paths in it start at `base`. Raises
     ConfigError."""
-    problems = _Problems()
+    problems = Problems()
     config: Config | None = None
     if len(data) > bounds.CONFIG_BYTES_MAX:
         problems.add("", len(data), f"must be at most {bounds.CONFIG_BYTES_MAX} bytes long")
     else:
-        tree = _read_tree(data, problems)
+        tree = read_tree(data, problems, "listeners")
         if not problems.found:
-            config = _build(_Table(tree, "", problems), base, problems)
+            config = _build(Table(tree, "", problems), base, problems)
     if problems.found or config is None:
         raise ConfigError(problems.sorted(), source)
     return dataclasses.replace(config, source=source, sha256=hashlib.sha256(data).hexdigest())
@@ -261,324 +278,52 @@ def needs_upgrade(old: Config, new: Config) -> list[str]:
         found.append("admin")
     if old.state_dir != new.state_dir:
         found.append("state_dir")
+    if old.registration != new.registration:
+        found.append("registration")
+    if (old.push is None) != (new.push is None):
+        found.append("push")
+    if new.push is not None and old.push is not None:
+        # Brokers and peers know this node by its name from hello to goaway.
+        found += [
+            f"node.{name}"
+            for name in ("name", "app")
+            if getattr(old.node, name) != getattr(new.node, name)
+        ]
     return found
 
 
-def parse_address(text: str, base: str = "", *, port_min: int = 1) -> Address:
-    """`host:port`, `[v6]:port` or `unix:path`. Raises ValueError that says what would be right."""
-    if text.startswith("unix:"):
-        return _unix_address(text[5:], base)
-    host, colon, port_text = text.rpartition(":")
-    if not colon or not host:
-        raise ValueError('must be "host:port", "[v6 address]:port" or "unix:path"')
-    if not (port_text.isascii() and port_text.isdigit()) or not (
-        port_min <= int(port_text[:6]) <= 65535
-    ):
-        raise ValueError(f"the port must be {port_min}..65535")
-    if host.startswith("[") and host.endswith("]"):
-        ip = _ip(host[1:-1])
-        if ip is None or ip.version != 6:
-            raise ValueError("what stands in brackets must be an IPv6 address")
-        return Address(host=str(ip), port=int(port_text))
-    if ":" in host:
-        raise ValueError('an IPv6 address stands in brackets: "[::1]:12200"')
-    ip = _ip(host)
-    if ip is None and re.fullmatch(r"[0-9.]+", host):
-        raise ValueError("is not an IPv4 address")
-    if ip is None and (len(host) > 253 or not _HOSTNAME.match(host)):
-        raise ValueError("must have an IP address or a host name before the port")
-    return Address(host=str(ip) if ip else host.lower().rstrip("."), port=int(port_text))
-
-
-def _unix_address(path: str, base: str) -> Address:
-    if not path or "\0" in path:
-        raise ValueError('must be "unix:" and a path')
-    full = os.path.normpath(os.path.join(base, path))
-    size = len(os.fsencode(full))
-    if size > bounds.UNIX_PATH_BYTES_MAX:
-        raise ValueError(
-            f"the path of a UNIX socket is at most {bounds.UNIX_PATH_BYTES_MAX} bytes;"
-            f" {full} has {size}"
-        )
-    return Address(path=full)
-
-
-def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def load_brokers(path: str) -> tuple[Broker, ...]:
+    """Read a file of brokers, `{brokers: [...]}`; () for an empty list. Raises ConfigError with all
+    its problems."""
     try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
+        data = read_regular(path, bounds.CONFIG_BYTES_MAX)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError([Problem("", path, f"cannot be read: {reason}")], path) from error
+    return parse_brokers(data, base=os.path.dirname(path), source=path)
 
 
-def _read_regular(path: str, most: int) -> bytes:
-    """Bytes of a regular file, one more than `most` at the longest. A FIFO or device is refused,
-    not waited for."""
-    if "\0" in path:
-        raise ValueError("a path has no NUL")
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError("is not a regular file")
-        return file.read(most + 1)
-
-
-# --- from bytes to a tree with line numbers -------------------------------------------------------
-
-
-class _Tree(dict[str, Any]):
-    """A mapping that knows the lines of its keys; `line` is its own."""
-
-    def __init__(self, line: int) -> None:
-        super().__init__()
-        self.line = line
-        self.lines: dict[str, int] = {}
-
-
-class _List(list[Any]):
-    def __init__(self, line: int) -> None:
-        super().__init__()
-        self.line = line
-        self.lines: list[int] = []
-
-
-class _Problems:
-    def __init__(self) -> None:
-        self.found: list[Problem] = []
-
-    def add(self, path: str, value: object, message: str, line: int = 0) -> None:
-        if isinstance(value, (dict, list)):
-            value = "a mapping" if isinstance(value, dict) else "a list"
-        if isinstance(value, str) and len(value) > bounds.LOG_VALUE_CHARS_MAX:
-            value = value[: bounds.LOG_VALUE_CHARS_MAX] + "..."
-        if len(self.found) < bounds.CONFIG_PROBLEMS_MAX:
-            self.found.append(Problem(path, value, message, line))
-
-    def sorted(self) -> list[Problem]:
-        return sorted(self.found, key=lambda problem: problem.line)
-
-
-def _read_tree(data: bytes, problems: _Problems) -> _Tree:
-    """YAML with a bound on depth and on expanded nodes. Problems instead of exceptions."""
-    empty = _Tree(1)
-    try:
-        depth = 0
-        # The event stream does not recurse, the composer does: depth is checked here first.
-        for event in yaml.parse(data, Loader=Loader):
-            if isinstance(event, yaml.CollectionStartEvent):
-                depth += 1
-                if depth > bounds.CONFIG_DEPTH_MAX:
-                    line = event.start_mark.line + 1 if event.start_mark else 0
-                    problems.add(
-                        "",
-                        None,
-                        f"is nested deeper than {bounds.CONFIG_DEPTH_MAX} levels",
-                        line,
-                    )
-                    return empty
-            elif isinstance(event, yaml.CollectionEndEvent):
-                depth -= 1
-        loader = Loader(data)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                problems.add("", None, "is empty: it needs at least listeners and clusters", 1)
-                return empty
-            tree = _Expansion(loader, problems).value(node, "", 0)
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        problems.add("", None, f"is not YAML: {reason}", mark.line + 1 if mark else 0)
-        return empty
-    except _TooMuch as error:
-        problems.add("", None, str(error), error.line)
-        return empty
-    except (ValueError, OverflowError) as error:  # a scalar such as 99-99-9999 or a bad encoding
-        problems.add("", None, f"has a value that cannot be read: {error}")
-        return empty
-    if not isinstance(tree, _Tree):
-        problems.add("", tree, "must be a mapping with listeners and clusters", 1)
-        return empty
-    return tree
-
-
-class _TooMuch(Exception):
-    def __init__(self, line: int) -> None:
-        self.line = line
-        super().__init__(
-            f"has more than {bounds.CONFIG_NODES_MAX} values or {bounds.CONFIG_DEPTH_MAX} levels"
-            " once its aliases are expanded"
-        )
-
-
-class _Expansion:
-    """Nodes to values, counting nodes, so that aliases cannot multiply without end."""
-
-    def __init__(self, loader: Any, problems: _Problems) -> None:
-        self.loader = loader
-        self.problems = problems
-        self.nodes = 0
-
-    def value(self, node: Any, path: str, depth: int) -> Any:
-        self.nodes += 1
-        line = node.start_mark.line + 1
-        if self.nodes > bounds.CONFIG_NODES_MAX or depth > bounds.CONFIG_DEPTH_MAX:
-            raise _TooMuch(line)
-        if isinstance(node, yaml.MappingNode):
-            return self.mapping(node, path, depth, line)
-        if isinstance(node, yaml.SequenceNode):
-            found = _List(line)
-            for index, item in enumerate(node.value):
-                found.lines.append(item.start_mark.line + 1)
-                found.append(self.value(item, f"{path}[{index}]", depth + 1))
-            return found
-        return self.loader.construct_object(node)
-
-    def mapping(self, node: Any, path: str, depth: int, line: int) -> _Tree:
-        found = _Tree(line)
-        for key_node, value_node in node.value:
-            key_line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                self.problems.add(path, None, "a key must be a plain word", key_line)
-                continue
-            key = key_node.value
-            if key in found:
-                self.problems.add(
-                    _join(path, key),
-                    None,
-                    f"is given twice: first in line {found.lines[key]}",
-                    key_line,
-                )
-                continue
-            found.lines[key] = key_line
-            found[key] = self.value(value_node, _join(path, key), depth + 1)
-        return found
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-# --- from the tree to dataclasses -----------------------------------------------------------------
-
-
-class _Table:
-    """One mapping of the file: hands out checked values and remembers which keys exist."""
-
-    def __init__(self, tree: _Tree, path: str, problems: _Problems) -> None:
-        self.tree = tree
-        self.path = path
-        self.problems = problems
-        self.known: list[str] = []
-
-    def wrong(self, key: str, value: object, message: str) -> None:
-        line = self.tree.lines.get(key, self.tree.line)
-        self.problems.add(_join(self.path, key), value, message, line)
-
-    def raw(self, key: str, default: object = _MISSING) -> Any:
-        """The value of a key; _MISSING (with a problem when there is no default) when it is not
-        there."""
-        self.known.append(key)
-        value = self.tree.get(key)
-        if value is None:
-            if default is _MISSING:
-                self.wrong(key, None, "is missing")
-            return _MISSING
-        return value
-
-    def text(self, key: str, default: object = _MISSING) -> str | None:
-        value = self.raw(key, default)
-        if value is _MISSING:
-            return default if isinstance(default, str) else None
-        if not isinstance(value, str):
-            self.wrong(key, value, "must be text: put it in quotes")
-            return None
-        return value
-
-    def name(self, key: str, default: object = _MISSING) -> str | None:
-        value = self.text(key, default)
-        if value is None or value is default:
-            return value
-        if len(value) > bounds.NAME_CHARS_MAX or not _NAME.match(value) or value.startswith("__"):
-            self.wrong(
-                key,
-                value,
-                f"must be a name of 1..{bounds.NAME_CHARS_MAX} letters, digits or any of"
-                ' "_.:@/*={},-", not starting with "__"',
-            )
-            return None
-        return value
-
-    def integer(self, key: str, low: int, high: int, default: object = _MISSING) -> int | None:
-        value = self.raw(key, default)
-        if value is _MISSING:
-            return default if isinstance(default, int) else None
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            self.wrong(key, value, f"must be a whole number {low}..{high}")
-            return None
-        return value
-
-    def choice(self, key: str, words: Sequence[str], default: object = _MISSING) -> str | None:
-        value = self.raw(key, default)
-        if value is _MISSING:
-            return default if isinstance(default, str) else None
-        if value not in words:
-            self.wrong(key, value, "must be " + " or ".join(words))
-            return None
-        return str(value)
-
-    def address(self, key: str, base: str, *, port_min: int = 1) -> Address | None:
-        value = self.text(key)
-        if value is None:
-            return None
-        try:
-            return parse_address(value, base, port_min=port_min)
-        except ValueError as error:
-            self.wrong(key, value, str(error))
-            return None
-
-    def table(self, key: str) -> _Table:
-        """A nested mapping; an empty one when the key is not there."""
-        value = self.raw(key, None)
-        if value is not _MISSING and not isinstance(value, _Tree):
-            self.wrong(key, value, "must be a mapping")
-            value = _MISSING
-        if value is _MISSING:
-            value = _Tree(self.tree.lines.get(key, self.tree.line))
-        return _Table(value, _join(self.path, key), self.problems)
-
-    def tables(self, key: str, most: int, *, what: str) -> Iterator[_Table]:
-        """A list of mappings, at least one."""
-        value = self.raw(key, None)
-        if value is _MISSING or value == []:
-            self.wrong(key, None, f"must have at least one {what}")
-            return
-        if not isinstance(value, _List):
-            self.wrong(key, value, f"must be a list, each item one {what}")
-            return
-        if len(value) > most:
-            self.wrong(key, len(value), f"must have at most {most} items")
-            return
-        for index, item in enumerate(value):
-            path = f"{_join(self.path, key)}[{index}]"
-            if isinstance(item, _Tree):
-                yield _Table(item, path, self.problems)
+def parse_brokers(data: bytes, *, base: str, source: str = "brokers") -> tuple[Broker, ...]:
+    """Check the bytes of a file of brokers. Raises ConfigError."""
+    problems = Problems()
+    found: tuple[Broker, ...] = ()
+    if len(data) > bounds.CONFIG_BYTES_MAX:
+        problems.add("", len(data), f"must be at most {bounds.CONFIG_BYTES_MAX} bytes long")
+    else:
+        tree = read_tree(data, problems, "brokers")
+        if not problems.found:
+            table = Table(tree, "", problems)
+            if tree.get("brokers") == []:
+                table.known.append("brokers")  # said, not forgotten
             else:
-                self.problems.add(path, item, f"must be a mapping: one {what}", value.lines[index])
-
-    def done(self) -> None:
-        """Everything that nobody asked for is a mistake."""
-        for key in self.tree:
-            if key not in self.known:
-                import difflib  # only a faulty file pays for it
-
-                near = difflib.get_close_matches(key, self.known, n=1, cutoff=0.6)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(self.known)}"
-                self.wrong(key, None, f"is not a known key: {hint}")
+                found = _brokers(table, "brokers", base)
+            table.done()
+    if problems.found:
+        raise ConfigError(problems.sorted(), source)
+    return found
 
 
-def _build(top: _Table, base: str, problems: _Problems) -> Config | None:
+def _build(top: Table, base: str, problems: Problems) -> Config | None:
     before = len(problems.found)
     node = _node(top.table("node"))
     state_dir = _path(top, "state_dir", base, "run")
@@ -587,14 +332,14 @@ def _build(top: _Table, base: str, problems: _Problems) -> Config | None:
     listeners = [
         _listener(t, base) for t in top.tables("listeners", bounds.LISTENERS_MAX, what="listener")
     ]
-    clusters = [
-        _cluster(t, base) for t in top.tables("clusters", bounds.CLUSTERS_MAX, what="cluster")
-    ]
+    clusters = _clusters(top, base, listeners)
     limits = _limits(top.table("limits"))
     observe = _observe(top.table("observe"))
     log = _log(top.table("log"))
+    push = _push(top.table("push"), base) if _given(top, "push") else None
+    registration = _registration(top.table("registration"), base, push)
     top.done()
-    _cross_check(top, listeners, clusters, admin)
+    _cross_check(top, listeners, clusters, admin=admin, push=push, registration=registration)
     if len(problems.found) > before:
         return None
     return Config(
@@ -607,10 +352,26 @@ def _build(top: _Table, base: str, problems: _Problems) -> Config | None:
         limits=limits,
         observe=observe,
         log=log,
+        push=push,
+        registration=registration,
     )
 
 
-def _path(table: _Table, key: str, base: str, default: str) -> str:
+def _given(table: Table, key: str) -> bool:
+    table.known.append(key)
+    return table.tree.get(key) is not None
+
+
+def _clusters(top: Table, base: str, listeners: Sequence[Listener]) -> list[Cluster]:
+    """At least one wherever somebody could use it: a process may carry the message mesh alone."""
+    push_alone = bool(listeners) and all(x.protocol == "push" for x in listeners)
+    if push_alone and top.tree.get("clusters") in (None, []):
+        top.known.append("clusters")
+        return []
+    return [_cluster(t, base) for t in top.tables("clusters", bounds.CLUSTERS_MAX, what="cluster")]
+
+
+def _path(table: Table, key: str, base: str, default: str) -> str:
     value = table.text(key, default) or default
     if "\0" in value:
         table.wrong(key, value, "a path has no NUL")
@@ -618,51 +379,69 @@ def _path(table: _Table, key: str, base: str, default: str) -> str:
     return os.path.normpath(os.path.join(base, value))
 
 
-def _node(table: _Table) -> Node:
+def _node(table: Table) -> Node:
     name = table.name("name", "node") or ""
     app = table.name("app", "app") or ""
     table.done()
     return Node(name, app)
 
 
-def _engine(table: _Table) -> EngineOptions:
+def _engine(table: Table) -> EngineOptions:
     threads = table.integer("threads", 1, bounds.ENGINE_THREADS_MAX, 1) or 1
     spin_us = table.integer("spin_us", 0, bounds.SPIN_US_MAX, 0) or 0
     table.done()
     return EngineOptions(threads, spin_us)
 
 
-def _observe(table: _Table) -> Observe:
+def _observe(table: Table) -> Observe:
     sample_every = table.integer("sample_every", 0, bounds.INT32_MAX, 0) or 0
     table.done()
     return Observe(sample_every)
 
 
-def _log(table: _Table) -> LogOptions:
+def _log(table: Table) -> LogOptions:
     form = table.choice("format", LOG_FORMATS, "text") or "text"
     level = table.choice("level", LOG_LEVELS, "info") or "info"
     table.done()
     return LogOptions(form, level)
 
 
-def _admin(table: _Table, base: str, state_dir: str) -> Admin:
+def _admin(table: Table, base: str, state_dir: str) -> Admin:
     listen: Address | None
     if "listen" in table.tree:
         listen = table.address("listen", base, port_min=0)
     else:
         table.known.append("listen")
         try:
-            listen = _unix_address("admin.sock", state_dir)
+            listen = unix_address("admin.sock", state_dir)
         except ValueError as error:
             table.wrong("listen", None, f"is missing, and state_dir is too long for it: {error}")
             listen = None
-    if listen is not None and not listen.is_literal and listen.host not in LOOPBACK_NAMES:
-        table.wrong("listen", str(listen), "must be an IP address, localhost or unix:path")
+    return Admin(listen or Address(), *_guard(table, base, listen))
+
+
+def _registration(table: Table, base: str, push: Push | None) -> Registration | None:
+    if not table.tree:
+        if push is not None:
+            table.wrong("listen", None, "is missing: push clients are told from their registration")
+        return None
+    listen = table.address("listen", base, port_min=0)
+    found = Registration(listen or Address(), *_guard(table, base, listen))
+    if push is None:
+        table.wrong("listen", str(found.listen), "needs a push section: nothing else registers")
+    return found
+
+
+def _guard(
+    table: Table, base: str, listen: Address | None
+) -> tuple[Secret | None, tuple[str, ...]]:
+    """What stands beside the `listen` of an HTTP listener: its token and names."""
+    _can_listen(table, listen)
     hosts: list[str] = []
     raw_hosts = table.raw("hosts", None)
-    if raw_hosts is not _MISSING:
+    if raw_hosts is not MISSING:
         if isinstance(raw_hosts, list) and all(
-            isinstance(h, str) and _HOSTNAME.match(h) for h in raw_hosts
+            isinstance(h, str) and HOSTNAME.match(h) for h in raw_hosts
         ):
             hosts = [h.lower() for h in raw_hosts]
         else:
@@ -676,10 +455,15 @@ def _admin(table: _Table, base: str, state_dir: str) -> Admin:
     ):
         table.wrong("token_file", None, f"is required, because {listen} is not a loopback address")
     table.done()
-    return Admin(listen or Address(), token, tuple(hosts))
+    return token, tuple(hosts)
 
 
-def _token(table: _Table, base: str) -> Secret | None:
+def _can_listen(table: Table, listen: Address | None) -> None:
+    if listen is not None and not listen.is_literal and listen.host not in LOOPBACK_NAMES:
+        table.wrong("listen", str(listen), "must be an IP address, localhost or unix:path")
+
+
+def _token(table: Table, base: str) -> Secret | None:
     if table.text("token_file", "") in ("", None):
         return None
     path = _path(table, "token_file", base, "")
@@ -696,7 +480,7 @@ def read_token(path: str) -> Secret:
         mode = os.stat(path).st_mode
         if mode & (stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP):
             raise ValueError("can be read or changed by others: chmod 600")
-        data = _read_regular(path, bounds.SECRET_BYTES_MAX)
+        data = read_regular(path, bounds.SECRET_BYTES_MAX)
         if len(data) > bounds.SECRET_BYTES_MAX:
             raise ValueError(f"is longer than {bounds.SECRET_BYTES_MAX} bytes")
         text = data.decode("ascii", "replace").strip()
@@ -712,12 +496,18 @@ def read_token(path: str) -> Secret:
     return Secret(text)
 
 
-def _listener(table: _Table, base: str) -> Listener:
+def _listener(table: Table, base: str) -> Listener:
     name = table.name("name") or ""
     listen = table.address("listen", base, port_min=0)
-    if listen is not None and not listen.is_literal and listen.host not in LOOPBACK_NAMES:
-        table.wrong("listen", str(listen), "must be an IP address, localhost or unix:path")
-    protocol = table.choice("protocol", PROTOCOLS) or ""
+    _can_listen(table, listen)
+    protocol = table.choice("protocol", LISTENER_PROTOCOLS) or ""
+    if protocol == "push":
+        if "routes" in table.tree:
+            message = "belongs to other protocols: a message goes to a broker of its topic"
+            table.wrong("routes", table.tree["routes"], message)
+            table.known.append("routes")
+        table.done()
+        return Listener(name, listen or Address(), protocol, ())
     rules: list[Rule] = []
     seen: dict[tuple[object, ...], str] = {}
     catch_all = ""
@@ -732,18 +522,18 @@ def _listener(table: _Table, base: str) -> Listener:
         if rule.service is None and not rule.headers and _is_sound(rule_table):
             catch_all = rule_table.path
         rules.append(rule)
-    _no_double(table, "routes", [r.name for r in rules], "name")
+    no_double(table, "routes", [r.name for r in rules], "name")
     table.done()
     return Listener(name, listen or Address(), protocol, tuple(rules))
 
 
-def _is_sound(table: _Table) -> bool:
+def _is_sound(table: Table) -> bool:
     """True when no problem was found in this table: a faulty match is not taken for an empty
     one."""
     return not any(p.path.startswith(table.path + ".") for p in table.problems.found)
 
 
-def _rule(table: _Table) -> Rule:
+def _rule(table: Table) -> Rule:
     match = table.table("match")
     service = match.text("service", "") or None
     prefix = False
@@ -778,7 +568,7 @@ def _rule(table: _Table) -> Rule:
     return Rule(name, cluster, service, prefix, headers, rate_limit)
 
 
-def _headers(match: _Table) -> tuple[tuple[str, str], ...]:
+def _headers(match: Table) -> tuple[tuple[str, str], ...]:
     table = match.table("header")
     found = []
     for key in table.tree:
@@ -794,7 +584,7 @@ def _headers(match: _Table) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _cluster(table: _Table, base: str) -> Cluster:
+def _cluster(table: Table, base: str) -> Cluster:
     name = table.name("name") or ""
     protocol = table.choice("protocol", PROTOCOLS) or ""
     most = bounds.CONNECTIONS_PER_ENDPOINT_MAX
@@ -811,7 +601,7 @@ def _cluster(table: _Table, base: str) -> Cluster:
         endpoints.append(Endpoint(address or Address(), 100 if weight is None else weight))
     if endpoints and not any(e.weight for e in endpoints):
         table.wrong("endpoints", None, "must have a weight above 0 somewhere")
-    _no_double(
+    no_double(
         table,
         "endpoints",
         ["" if e.address == Address() else str(e.address) for e in endpoints],
@@ -821,7 +611,84 @@ def _cluster(table: _Table, base: str) -> Cluster:
     return Cluster(name, protocol, tuple(endpoints), connections, binding, server_requests)
 
 
-def _limits(table: _Table) -> Limits:
+def _push(table: Table, base: str) -> Push:
+    brokers: tuple[Broker, ...] = ()
+    brokers_file = ""
+    where = table.tree.get("brokers")
+    if isinstance(where, Tree):
+        at = table.table("brokers")
+        if at.text("file"):
+            brokers_file = _path(at, "file", base, "")
+            try:
+                load_brokers(brokers_file)
+            except ConfigError as error:
+                for p in error.problems:
+                    said = f"{p.path} {p.message}" if p.path else p.message
+                    at.wrong("file", brokers_file if not p.path else p.value, said)
+        at.done()
+    else:
+        brokers = _brokers(table, "brokers", base)
+    forward = None
+    if _given(table, "forward"):
+        at = table.table("forward")
+        forward = at.address("listen", base, port_min=0)
+        _can_listen(at, forward)
+        at.done()
+    schedule_file = ""
+    if _given(table, "schedule"):
+        at = table.table("schedule")
+        if at.text("file"):
+            schedule_file = _path(at, "file", base, "")
+        at.done()
+    table.done()
+    return Push(brokers, brokers_file, forward, schedule_file)
+
+
+def _brokers(table: Table, key: str, base: str) -> tuple[Broker, ...]:
+    found = []
+    for item in table.tables(key, bounds.BROKERS_MAX, what="broker"):
+        name = item.name("name") or ""
+        address = item.address("address", base)
+        weight = item.integer("weight", 0, bounds.WEIGHT_MAX, 100)
+        topics = _topics(item)
+        item.done()
+        found.append(Broker(name, address or Address(), 100 if weight is None else weight, topics))
+    no_double(table, key, [b.name for b in found], "name")
+    addresses = ["" if b.address == Address() else str(b.address) for b in found]
+    no_double(table, key, addresses, "address")
+    return tuple(found)
+
+
+def _topics(table: Table) -> tuple[str, ...]:
+    value = table.raw("topics", None)
+    if value is MISSING:
+        return ("*",)
+    if not isinstance(value, list) or not value:
+        table.wrong("topics", value, 'must be a list of topics: ["*"], ["orders"], ["orders.*"]')
+        return ("*",)
+    if len(value) > bounds.BROKER_TOPICS_MAX:
+        most = bounds.BROKER_TOPICS_MAX
+        table.wrong("topics", len(value), f"must have at most {most} items")
+        return ("*",)
+    for index, item in enumerate(value):
+        if (
+            not isinstance(item, str)
+            or not 1 <= len(item) <= bounds.MESH_NAME_CHARS_MAX
+            or "*" in item[:-1]
+            or "," in item
+        ):
+            message = (
+                f"must be a topic of 1..{bounds.MESH_NAME_CHARS_MAX} characters,"
+                ' with "*" only at its end'
+            )
+            path = f"{table.path}.topics[{index}]"
+            line = value.lines[index] if isinstance(value, List) else 0
+            table.problems.add(path, item, message, line)
+            return ("*",)
+    return tuple(value)
+
+
+def _limits(table: Table) -> Limits:
     values: dict[str, int] = {}
     for key, bound in bounds.CONFIGURABLE.items():
         value = table.integer(key, bound.low, bound.high, bound.default)
@@ -842,52 +709,82 @@ def _limits(table: _Table) -> Limits:
     return Limits(**values)
 
 
-def _no_double(table: _Table, key: str, values: Sequence[str], what: str) -> None:
-    for index, value in enumerate(values):
-        if value and value in values[:index]:
-            items = table.tree.get(key)
-            line = items.lines[index] if isinstance(items, _List) else 0
-            path = f"{_join(table.path, key)}[{index}].{what}"
-            first = f"{key}[{values.index(value)}]"
-            table.problems.add(path, value, f"is taken already by {first}", line)
-
-
 def _cross_check(
-    top: _Table, listeners: Sequence[Listener], clusters: Sequence[Cluster], admin: Admin
+    top: Table,
+    listeners: Sequence[Listener],
+    clusters: Sequence[Cluster],
+    *,
+    admin: Admin,
+    push: Push | None,
+    registration: Registration | None,
 ) -> None:
     """What no section can see alone."""
-    _no_double(top, "listeners", [x.name for x in listeners], "name")
-    _no_double(top, "clusters", [x.name for x in clusters], "name")
+    no_double(top, "listeners", [x.name for x in listeners], "name")
+    no_double(top, "clusters", [x.name for x in clusters], "name")
     taken: dict[str, str] = {}
-    if admin.listen.is_unix or admin.listen.port:
-        taken[str(admin.listen)] = "admin.listen"
+
+    def take(table: Table, address: Address | None) -> None:
+        """Nobody else may listen there. Port 0 is a port of its own each time."""
+        if address is None or not (address.is_unix or address.port):
+            return
+        if str(address) in taken:
+            table.wrong("listen", str(address), f"is taken already by {taken[str(address)]}")
+        taken.setdefault(str(address), f"{table.path}.listen")
+
+    take(Table(Tree(0), "admin", top.problems), admin.listen)
     by_name = {c.name: c for c in clusters}
-    trees = _trees(top.tree.get("listeners"), "listeners")
+    trees = mappings(top.tree.get("listeners"), "listeners")
     for (path, tree), listener in zip(trees, listeners, strict=True):
-        table = _Table(tree, path, top.problems)
-        address = str(listener.listen)
-        if listener.listen.is_unix or listener.listen.port:
-            if address in taken:
-                table.wrong("listen", address, f"is taken already by {taken[address]}")
-            taken.setdefault(address, f"{path}.listen")
-        rule_trees = _trees(tree.get("routes"), f"{path}.routes")
-        for (rule_path, rule_tree), rule in zip(rule_trees, listener.routes, strict=True):
+        table = Table(tree, path, top.problems)
+        take(table, listener.listen)
+        if listener.protocol == "push" and push is None and "push" not in top.tree:
+            table.wrong("protocol", "push", "needs a push section that names the brokers")
+        rule_trees = mappings(tree.get("routes"), f"{path}.routes")
+        for (rule_path, rule_tree), rule in zip(rule_trees, listener.routes, strict=False):
             if not rule.cluster:
                 continue
-            at = _Table(rule_tree, rule_path, top.problems)
+            at = Table(rule_tree, rule_path, top.problems)
             cluster = by_name.get(rule.cluster)
             if cluster is None:
                 names = ", ".join(list(by_name)[:8]) or "none"
                 at.wrong("cluster", rule.cluster, f"is not a cluster; there are: {names}")
             elif "" not in (a := cluster.protocol, b := listener.protocol) and a != b:
                 at.wrong("cluster", rule.cluster, f"speaks {a}, this listener {b}")
+    if registration is not None:
+        take(
+            Table(_subtree(top, "registration"), "registration", top.problems), registration.listen
+        )
+    if push is None:
+        return
+    _check_names(top, push)
+    tree = _subtree(top, "push")
+    if listeners and all(x.protocol not in ("push", "") for x in listeners):
+        top.wrong("push", None, "needs a listener with protocol push: nobody could reach it")
+    take(Table(_subtree(tree, "forward"), "push.forward", top.problems), push.forward)
+    brokers = zip(mappings(tree.get("brokers"), "push.brokers"), push.brokers, strict=False)
+    for (path, item), broker in brokers:
+        if (mine := taken.get(str(broker.address))) is not None:
+            message = f"is this process itself: {mine}"
+            Table(item, path, top.problems).wrong("address", str(broker.address), message)
 
 
-def _trees(items: object, path: str) -> list[tuple[str, _Tree]]:
-    """The mappings of a list with their paths: what `_Table.tables` went through."""
-    if not isinstance(items, _List):
-        return []
-    return [(f"{path}[{i}]", item) for i, item in enumerate(items) if isinstance(item, _Tree)]
+def _check_names(top: Table, push: Push) -> None:
+    """What is said to brokers and peers stands in comma-separated lists there."""
+    node = Table(_subtree(top, "node"), "node", top.problems)
+    for key in ("name", "app"):
+        value = node.tree.get(key)
+        if isinstance(value, str) and not MESH_NAME.match(value):
+            node.wrong(key, value, f"with push, it {MESH_NAME_RULE}")
+    items = mappings(_subtree(top, "push").get("brokers"), "push.brokers")
+    for (path, item), broker in zip(items, push.brokers, strict=False):
+        if broker.name and not MESH_NAME.match(broker.name):
+            Table(item, path, top.problems).wrong("name", broker.name, MESH_NAME_RULE)
+
+
+def _subtree(of: Table | Tree, key: str) -> Tree:
+    tree = of.tree if isinstance(of, Table) else of
+    found = tree.get(key)
+    return found if isinstance(found, Tree) else Tree(tree.lines.get(key, tree.line))
 
 
 # --- showing it -----------------------------------------------------------------------------------
@@ -895,7 +792,7 @@ def _trees(items: object, path: str) -> list[tuple[str, _Tree]]:
 
 def as_dict(config: Config) -> dict[str, Any]:
     """The whole configuration with its defaults, for people and JSON; secrets redact themselves."""
-    return {
+    found = {
         key: _plain(getattr(config, key))
         for key in (
             "node",
@@ -909,6 +806,23 @@ def as_dict(config: Config) -> dict[str, Any]:
             "log",
         )
     }
+    if config.push is not None:
+        found["push"] = _plain_push(config.push)
+    if config.registration is not None:
+        found["registration"] = _plain(config.registration)
+    return found
+
+
+def _plain_push(push: Push) -> dict[str, Any]:
+    """As it is written in the file."""
+    found: dict[str, Any] = {
+        "brokers": {"file": push.brokers_file} if push.brokers_file else _plain(push.brokers)
+    }
+    if push.forward is not None:
+        found["forward"] = {"listen": str(push.forward)}
+    if push.schedule_file:
+        found["schedule"] = {"file": push.schedule_file}
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -918,6 +832,8 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, Rule):
         return _plain_rule(value)
+    if isinstance(value, Listener) and value.protocol == "push":
+        return {"name": value.name, "listen": str(value.listen), "protocol": value.protocol}
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
@@ -943,7 +859,14 @@ def describe(config: Config) -> str:
     """One line for `fastmesh check`."""
     endpoints = sum(len(c.endpoints) for c in config.clusters)
     rules = sum(len(x.routes) for x in config.listeners)
+    brokers = ""
+    if config.push is not None:
+        file = config.push.brokers_file
+        brokers = (
+            f" brokers in {Path(file).name}," if file else f" {len(config.push.brokers)} brokers,"
+        )
     return (
         f"{Path(config.source).name}: {len(config.listeners)} listeners, {rules} rules,"
-        f" {len(config.clusters)} clusters, {endpoints} endpoints, sha256 {config.sha256[:12]}"
+        f" {len(config.clusters)} clusters, {endpoints} endpoints,{brokers}"
+        f" sha256 {config.sha256[:12]}"
     )

@@ -60,6 +60,14 @@ class StateError(FastmeshError):
     exit_code = EXIT_BUSY
 
 
+class ManagedElsewhereError(FastmeshError):
+    """Something was put here that a file decides."""
+
+
+class StaleError(FastmeshError):
+    """What was to be replaced is not what is in force any more."""
+
+
 class ListenError(FastmeshError):
     """A listening socket could not be had."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fastmesh import config as configuration
+from fastmesh.address import Address
 from fastmesh.app import Mesh, fit_descriptors
 from fastmesh.control.listeners import bind
 from fastmesh.errors import ConfigError, ListenError, NeedsUpgradeError, StateError
@@ -56,7 +57,7 @@ def test_it_accepts_only_when_every_thread_knows_the_snapshot(running: Running) 
 def test_a_start_that_fails_leaves_nothing_behind(
     config_file: Path, log_lines: LogLines, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocker = bind(configuration.Address("127.0.0.1", 0), "blocker")
+    blocker = bind(Address("127.0.0.1", 0), "blocker")
     port = f'"{blocker.actual}"'
     text = SMALL
     if fault == "listener":
@@ -122,7 +123,7 @@ def test_reload_moves_listeners_and_keeps_ids(running: Running, config_file: Pat
 
 
 def test_a_reload_that_cannot_bind_changes_nothing(running: Running, config_file: Path) -> None:
-    blocker = bind(configuration.Address("127.0.0.1", 0), "blocker")
+    blocker = bind(Address("127.0.0.1", 0), "blocker")
 
     async def main() -> None:
         async with running() as mesh:

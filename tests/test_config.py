@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmesh import config, limits
+from fastmesh.address import Address, parse_address
 from fastmesh.admin.views import to_json
-from fastmesh.config import Address, Secret, parse_address
+from fastmesh.config import Secret
 from fastmesh.errors import ConfigError
 from tests.conftest import SMALL
 
@@ -43,6 +44,13 @@ def test_the_example_loads_as_it_stands() -> None:
     assert found.state_dir == str(EXAMPLE.parent / "run" / "node-1")
     assert found.limits.in_flight_max == 65536
     assert len(found.sha256) == 64
+
+
+def test_the_example_of_a_mesh_loads_as_it_stands() -> None:
+    found = config.load(EXAMPLE.with_name("push.yaml"))
+    assert found.push is not None
+    assert [b.topics for b in found.push.brokers] == [("*",), ("orders", "stock.*")]
+    assert found.clusters == ()
 
 
 def test_every_limit_has_a_field_a_range_and_a_reason() -> None:
@@ -436,3 +444,175 @@ def test_the_documentation_has_every_limit_with_its_default_and_range() -> None:
     text = (EXAMPLE.parent.parent / "docs" / "configuration.md").read_text()
     for name, bound in limits.CONFIGURABLE.items():
         assert f"| `{name}` | {bound.default} | {bound.low}..{bound.high} | {bound.unit}: " in text
+
+
+# --- the message mesh -----------------------------------------------------------------------------
+
+PUSH = """\
+node: {name: n1, app: shop}
+state_dir: run
+admin: {listen: "127.0.0.1:0"}
+listeners: [{name: msg, listen: "127.0.0.1:12300", protocol: push}]
+push:
+  brokers:
+    - {name: b1, address: "127.0.0.1:12400", topics: ["*"]}
+    - {name: b2, address: "broker.example:12400", weight: 20, topics: [orders, "stock.*"]}
+  forward: {listen: "127.0.0.1:12500"}
+  schedule: {file: schedule.yaml}
+registration: {listen: "127.0.0.1:7071"}
+"""
+
+
+def test_push_alone_is_a_configuration() -> None:
+    found = parse(PUSH)
+    assert found.clusters == ()
+    assert found.listeners[0].routes == ()
+    assert found.push == config.Push(
+        brokers=(
+            config.Broker("b1", Address("127.0.0.1", 12400)),
+            config.Broker("b2", Address("broker.example", 12400), 20, ("orders", "stock.*")),
+        ),
+        forward=Address("127.0.0.1", 12500),
+        schedule_file="/base/schedule.yaml",
+    )
+    assert found.registration == config.Registration(Address("127.0.0.1", 7071))
+    assert "2 brokers" in config.describe(found)
+    assert parse(SMALL).push is None
+
+
+def test_push_beside_rpc() -> None:
+    rpc = SMALL.split("listeners:\n")[1]
+    text = PUSH.replace("listeners: [", "listeners:\n  - ").replace("push}]", "push}") + "x: 1\n"
+    text = text.replace("protocol: push}\n", "protocol: push}\n" + rpc.split("clusters:")[0])
+    text = text.replace("x: 1\n", "clusters:" + rpc.split("clusters:")[1])
+    found = parse(text)
+    assert [x.protocol for x in found.listeners] == ["push", "bolt"]
+    assert len(found.clusters) == 2
+
+
+@pytest.mark.parametrize(
+    ("topic", "brokers"),
+    [("orders", ["b1", "b2"]), ("orders.x", ["b1"]), ("stock.x", ["b1", "b2"]), ("stock", ["b1"])],
+)
+def test_a_topic_belongs_to_every_broker_with_a_pattern_for_it(
+    topic: str, brokers: list[str]
+) -> None:
+    push = parse(PUSH).push
+    assert push is not None
+    assert [b.name for b in push.brokers if b.has(topic)] == brokers
+
+
+LISTENER = 'listeners: [{name: msg, listen: "127.0.0.1:12300", protocol: push}]'
+PUSH_FAULTS = [
+    (
+        "protocol: push}",
+        "protocol: push, routes: []}",
+        "listeners[0].routes",
+        "broker of its topic",
+    ),
+    ("protocol: push}", "protocol: push, rate: 1}", "listeners[0].rate", "not a known key"),
+    (PUSH[PUSH.index("push:\n") :], "", "listeners[0].protocol", "needs a push section"),
+    ("push:\n", "psh:\n", "psh", "did you mean push?"),
+    (
+        LISTENER,
+        'listeners: [{name: r, listen: "127.0.0.1:1", protocol: bolt, routes: [{cluster: c}]}]\n'
+        'clusters: [{name: c, protocol: bolt, endpoints: [{address: "127.0.0.1:2"}]}]',
+        "push",
+        "nobody could reach it",
+    ),
+    ('registration: {listen: "127.0.0.1:7071"}\n', "", "registration.listen", "is missing"),
+    ("127.0.0.1:7071", "127.0.0.1:12500", "push.forward.listen", "taken already by registration"),
+    ("127.0.0.1:7071", "127.0.0.1:12300", "registration.listen", "taken already by listeners[0]"),
+    ("127.0.0.1:12500", "127.0.0.1:12300", "push.forward.listen", "taken already by listeners[0]"),
+    ("127.0.0.1:7071", "0.0.0.0:7071", "registration.token_file", "not a loopback"),
+    ("127.0.0.1:12400", "127.0.0.1:12300", "push.brokers[0].address", "this process itself"),
+    ("127.0.0.1:12400", "broker.example:12400", "push.brokers[1].address", "taken already"),
+    ("name: b2", "name: b1", "push.brokers[1].name", "taken already by brokers[0]"),
+    ("name: b2", 'name: "b,2"', "push.brokers[1].name", "letters, digits"),
+    ("name: n1", 'name: "n,1"', "node.name", "with push, it must be"),
+    ("weight: 20", "weight: -1", "push.brokers[1].weight", "0..10000"),
+    ('topics: ["*"]', "topics: []", "push.brokers[0].topics", "must be a list of topics"),
+    ('topics: ["*"]', 'topics: ["a*b"]', "push.brokers[0].topics[0]", "only at its end"),
+    ('topics: ["*"]', "topics: [7]", "push.brokers[0].topics[0]", "must be a topic"),
+    ('topics: ["*"]', "topics: [a]\n    - 7", "push.brokers", ""),
+    ("{file: schedule.yaml}", "{}", "push.schedule.file", "is missing"),
+    ('{listen: "127.0.0.1:12500"}', "{}", "push.forward.listen", "is missing"),
+    ("127.0.0.1:12500", "peer.example:12500", "push.forward.listen", "IP address"),
+]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "path", "word"),
+    PUSH_FAULTS,
+    ids=[f"{f[2]}-{n}" for n, f in enumerate(PUSH_FAULTS)],
+)
+def test_each_fault_of_a_mesh_is_named_where_it_is(
+    old: str, new: str, path: str, word: str
+) -> None:
+    assert old in PUSH
+    text = PUSH.replace(old, new, 1)
+    if path == "push.brokers":
+        with pytest.raises(ConfigError):
+            parse(text)
+        return
+    found = problems(text)
+    assert path in found, found
+    assert word in found[path]
+
+
+def test_more_brokers_than_there_are_bits() -> None:
+    many = ", ".join(f'{{name: b{n}, address: "127.0.0.1:{n + 1}"}}' for n in range(65))
+    text = (
+        PUSH.split("  brokers:", maxsplit=1)[0]
+        + f"  brokers: [{many}]\n"
+        + PUSH[PUSH.index("  forward") :]
+    )
+    assert "at most 64" in problems(text)["push.brokers"]
+
+
+def test_something_has_to_be_there() -> None:
+    assert "at least one listener" in problems('admin: {listen: "127.0.0.1:0"}')["listeners"]
+    text = PUSH.replace("brokers:\n", "brokers: []\n").split("    - {name: b1")[0]
+    assert (
+        "at least one broker"
+        in problems(text + 'registration: {listen: "127.0.0.1:1"}')["push.brokers"]
+    )
+
+
+def test_brokers_may_stand_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "brokers.yaml"
+    file.write_text('brokers: [{name: b1, address: "127.0.0.1:1"}]')
+    start, end = PUSH.index("  brokers:\n"), PUSH.index("  forward")
+    text = PUSH[:start] + "  brokers: {file: brokers.yaml}\n" + PUSH[end:]
+    found = parse(text, str(tmp_path))
+    assert found.push is not None
+    assert (found.push.brokers, found.push.brokers_file) == ((), str(file))
+    assert config.load_brokers(str(file)) == (config.Broker("b1", Address("127.0.0.1", 1)),)
+    file.write_text("brokers: []")
+    assert config.load_brokers(str(file)) == ()
+    for wrong in ("brokers:", "broker: []", "brokers: [{name: b1}]", "", "brokers: 7"):
+        file.write_text(wrong)
+        with pytest.raises(ConfigError):
+            config.load_brokers(str(file))
+        assert "push.brokers.file" in problems(text, str(tmp_path))
+    file.unlink()
+    assert "cannot be read" in problems(text, str(tmp_path))["push.brokers.file"]
+
+
+def test_the_shown_mesh_is_whole_and_loads_again() -> None:
+    found = parse(PUSH)
+    shown = json.loads(to_json(config.as_dict(found)))
+    del shown["admin"]["token"]
+    del shown["registration"]["token"]
+    assert parse(json.dumps(shown)) == found
+
+
+def test_what_of_a_mesh_needs_an_upgrade() -> None:
+    old = parse(PUSH)
+    for change, keys in (
+        (PUSH.replace("7071", "7072"), ["registration"]),
+        (PUSH.replace("name: n1", "name: n2"), ["node.name"]),
+        (PUSH.replace("12500", "12501").replace("12400", "12401"), []),
+        (SMALL, ["registration", "push"]),
+    ):
+        assert config.needs_upgrade(old, parse(change)) == keys

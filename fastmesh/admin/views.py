@@ -10,13 +10,40 @@ import msgspec
 from fastmesh import config as configuration
 from fastmesh import limits
 from fastmesh._version import __version__
-from fastmesh.admin.server import TEXT, Answer, Request
+from fastmesh.admin import pages
+from fastmesh.admin.pages import topology_page
 from fastmesh.control.snapshot import Compiled, RowLabel
-from fastmesh.errors import ConfigError, EngineError, NeedsUpgradeError, StateError
+from fastmesh.errors import (
+    ConfigError,
+    EngineError,
+    FastmeshError,
+    ManagedElsewhereError,
+    NeedsUpgradeError,
+    StaleError,
+    StateError,
+)
+from fastmesh.http.server import TEXT, Answer, Request, error, to_json, wrong_method
 from fastmesh.observe import metrics
 from fastmesh.observe.events import Events
 from fastmesh.observe.metrics import CAUSES
 from fastmesh.observe.readings import Readings
+
+
+class Plane(Protocol):
+    """The part of the message mesh that is shown and moved from here (fastmesh.mesh.plane)."""
+
+    @property
+    def live(self) -> Mapping[str, tuple[int, int]]: ...
+
+    def status(self) -> dict[str, Any]: ...
+    async def topology(self) -> dict[str, Any]:
+        """Raises EngineError."""
+
+    def schedule(self) -> dict[str, Any]:
+        """version, source, etag, failure, schedule."""
+
+    async def put_schedule(self, data: bytes, match: str | None) -> None:
+        """Raises ConfigError, ManagedElsewhereError, StaleError; SaveError with a status."""
 
 
 class Running(Protocol):
@@ -29,6 +56,8 @@ class Running(Protocol):
     pid: int
     warnings: list[str]
 
+    @property
+    def plane(self) -> Plane | None: ...
     @property
     def compiled(self) -> Compiled: ...
     @property
@@ -43,23 +72,8 @@ class Running(Protocol):
     def drain(self) -> None: ...
 
 
-def to_json(value: Any) -> bytes:
-    return msgspec.json.encode(value, enc_hook=_hook) + b"\n"
-
-
-def _hook(value: Any) -> Any:
-    if isinstance(value, configuration.Secret):
-        return repr(value)
-    raise NotImplementedError(type(value).__name__)
-
-
-def error(status: int, reason: str, **more: Any) -> Answer:
-    headers = (("www-authenticate", "Bearer"),) if status == 401 else ()
-    return Answer(status, to_json({"error": reason, **more}), headers=headers)
-
-
 class Views:
-    """The handler of AdminServer."""
+    """The handler of the admin interface."""
 
     def __init__(self, mesh: Running) -> None:
         self._mesh = mesh
@@ -74,6 +88,9 @@ class Views:
             "/v1/samples": {"GET": self._samples},
             "/v1/reload": {"POST": self._reload},
             "/v1/drain": {"POST": self._drain},
+            "/v1/schedule": {"GET": self._schedule, "PUT": self._put_schedule},
+            "/v1/topology": {"GET": self._topology},
+            "/topology": {"GET": self._topology_page},
         }
 
     async def __call__(self, request: Request) -> Answer:
@@ -82,9 +99,7 @@ class Views:
             return error(404, "no such path", paths=sorted(self._routes))
         view = methods.get(request.method)
         if view is None:
-            allowed = ", ".join(methods)
-            answer = error(405, f"use {allowed}")
-            return Answer(405, answer.body, headers=(("allow", allowed),))
+            return wrong_method(*methods)
         try:
             return await view(request)
         except EngineError as failure:
@@ -115,6 +130,7 @@ class Views:
                 config_sha256=config.sha256,
                 uptime_s=mesh.uptime_s,
                 log_lines_lost=mesh.log_lines_lost,
+                groups=None if mesh.plane is None else mesh.plane.live,
             ),
         )
         return Answer(200, text, metrics.CONTENT_TYPE)
@@ -122,6 +138,7 @@ class Views:
     async def _status(self, request: Request) -> Answer:
         mesh = self._mesh
         compiled = mesh.compiled
+        more = {} if mesh.plane is None else {"mesh": mesh.plane.status()}
         return Answer(
             200,
             to_json(
@@ -141,6 +158,7 @@ class Views:
                     "listeners": mesh.addresses(),
                     "connections_max": compiled.limits["connections_max"],
                     "warnings": mesh.warnings,
+                    **more,
                 }
             ),
         )
@@ -186,23 +204,67 @@ class Views:
         except StateError as wrong_time:
             return error(409, str(wrong_time), keys=[])
         except ConfigError as wrong:
-            problems = [
-                {
-                    "path": p.path,
-                    "line": p.line,
-                    "value": p.value
-                    if isinstance(p.value, (str, int, float, type(None)))
-                    else str(p.value),
-                    "message": p.message,
-                }
-                for p in wrong.problems
-            ]
-            return Answer(422, to_json({"errors": problems}))
+            return _problems(wrong)
         return Answer(200, to_json({"version": version}))
 
     async def _drain(self, request: Request) -> Answer:
         self._mesh.drain()
         return Answer(202, to_json({"state": self._mesh.state}))
+
+    async def _schedule(self, request: Request) -> Answer:
+        if (plane := self._mesh.plane) is None:
+            return _no_mesh()
+        found = plane.schedule()
+        return Answer(200, to_json(found), headers=(("etag", f'"{found["etag"]}"'),))
+
+    async def _put_schedule(self, request: Request) -> Answer:
+        if (plane := self._mesh.plane) is None:
+            return _no_mesh()
+        given = request.headers.get(b"if-match")
+        match = None if given is None else given.decode("latin-1").strip().strip('"')
+        try:
+            await plane.put_schedule(request.body, match)
+        except ConfigError as wrong:
+            return _problems(wrong)
+        except ManagedElsewhereError as file:
+            return error(409, str(file))
+        except StaleError as stale:
+            return error(412, str(stale))
+        except FastmeshError as failed:
+            return error(getattr(failed, "status", 503), f"{failed}. Nothing has changed")
+        found = plane.schedule()
+        body = to_json({key: found[key] for key in ("version", "source", "etag")})
+        return Answer(200, body, headers=(("etag", f'"{found["etag"]}"'),))
+
+    async def _topology(self, request: Request) -> Answer:
+        if (plane := self._mesh.plane) is None:
+            return _no_mesh()
+        return Answer(200, to_json(await plane.topology()))
+
+    async def _topology_page(self, request: Request) -> Answer:
+        if (plane := self._mesh.plane) is None:
+            return _no_mesh()
+        page = topology_page(await plane.topology())
+        return Answer(200, page, pages.CONTENT_TYPE, pages.HEADERS)
+
+
+def _no_mesh() -> Answer:
+    return error(404, "this process has no push section: there is no message mesh")
+
+
+def _problems(wrong: ConfigError) -> Answer:
+    found = [
+        {
+            "path": p.path,
+            "line": p.line,
+            "value": p.value
+            if isinstance(p.value, (str, int, float, type(None)))
+            else str(p.value),
+            "message": p.message,
+        }
+        for p in wrong.problems
+    ]
+    return Answer(422, to_json({"errors": found}))
 
 
 class _Names(msgspec.Struct):

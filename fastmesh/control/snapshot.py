@@ -3,20 +3,37 @@
 The same listener, cluster or endpoint has the same id in every snapshot, and the same name the same
 counter row for the life of the process: a row is never given to another name, so a counter never
 jumps. Names beyond the table are counted together as `__other__`.
+
+The message mesh (`MeshView`) becomes, beside the configuration's listeners and clusters:
+
+    brokers, other nodes -> two clusters, one endpoint each
+    topics x brokers     -> rules of every push listener: a second phase goes to the broker that it
+                            names, everything else to one of the brokers of its topic
+    groups, schedules    -> tables of their own
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastmesh.config import Address, Config, Limits
-from fastmesh.limits import NO_ROUTE_NAME, ROW_OTHER
+from fastmesh.address import Address
+from fastmesh.config import Broker, Config, Limits
+from fastmesh.limits import GROUP_ID_MAX, NO_ROUTE_NAME, ROW_OTHER
 
 if TYPE_CHECKING:
     from fastmesh._ext.route import Snapshot
+
+PUSH = "push"
+"""Codec of everything that belongs to the message mesh."""
+BROKERS = "__brokers__"
+PEERS = "__peers__"
+"""Clusters of the message mesh. Names of the configuration do not start with "__"."""
+FORWARD = "__forward__"
+"""The listener of the forward service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +41,43 @@ class RowLabel:
     """What a counter row stands for; "" where a label does not apply."""
 
     kind: str
-    """listener | route | cluster | endpoint"""
+    """listener | route | cluster | endpoint | group"""
     listener: str = ""
     route: str = ""
     cluster: str = ""
     endpoint: str = ""
+    app: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """What the snapshot has to know of a registered group."""
+
+    name: str
+    app: str
+    topic: str
+    publishes: bool
+    """Somebody publishes with it: what it publishes is counted apart."""
+    ordered: bool = False
+    broadcast: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MeshView:
+    """The message mesh as it is to be compiled."""
+
+    brokers: Sequence[Broker] = ()
+    groups: Sequence[GroupView] = ()
+    topics: Iterable[str] = ()
+    """Registered ones: nothing else can be published."""
+    peers: Mapping[str, Address] = field(default_factory=dict)
+    """Other nodes of the schedules -> their forward services."""
+    schedule: Callable[[str, Mapping[str, int]], Any] = lambda app, endpoints: None
+    """(app, node name -> endpoint id) -> its native schedule, the same object while nothing in it
+    has changed; None when it has none."""
+    paused: frozenset[int] = frozenset()
+    """Ids of broker endpoints that want no new requests."""
 
 
 class Directory:
@@ -41,6 +90,11 @@ class Directory:
         self._next_id = 1
         self._kept: set[Hashable] = set()
         self._used: set[Hashable] = set()
+        self._groups: dict[Hashable, int] = {}
+        self._groups_used: set[Hashable] = set()
+        self._groups_kept: set[Hashable] = set()
+        self._groups_free: deque[int] = deque()
+        self._groups_next = 1
 
     def row(self, label: RowLabel) -> int:
         row = self._rows.get(label)
@@ -59,12 +113,33 @@ class Directory:
             self._next_id += 1
         return found
 
+    def group(self, key: Hashable) -> int:
+        """Groups come and go with registrations and their ids are few (1..GROUP_ID_MAX), so that
+        they are used again: fresh ones first, then the one that has rested longest. Raises
+        ValueError when there are more groups than ids."""
+        self._groups_used.add(key)
+        found = self._groups.get(key)
+        if found is None:
+            if self._groups_next <= GROUP_ID_MAX:
+                found = self._groups_next
+                self._groups_next += 1
+            elif self._groups_free:
+                found = self._groups_free.popleft()
+            else:
+                raise ValueError(f"there are more than {GROUP_ID_MAX} groups")
+            self._groups[key] = found
+        return found
+
     def turn(self) -> None:
         """End of a compilation. Forgets ids that neither this snapshot nor the last one used (names
         that come and go would fill memory); an id is never given out a second time."""
         alive = self._used | self._kept
         self._ids = {key: found for key, found in self._ids.items() if key in alive}
         self._kept, self._used = self._used, set()
+        rested = self._groups.keys() - self._groups_used - self._groups_kept
+        for key in sorted(rested, key=lambda key: self._groups[key]):
+            self._groups_free.append(self._groups.pop(key))
+        self._groups_kept, self._groups_used = self._groups_used, set()
 
     def rows(self) -> Mapping[RowLabel, int]:
         return self._rows
@@ -82,11 +157,24 @@ class RouteInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishInfo:
+    """A row that counts what is published."""
+
+    listener: str
+    topic: str
+    group: str
+    """The publisher group that messages name; "" for those that name none."""
+    brokers: tuple[str, ...]
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
 class EndpointInfo:
     id: int
     cluster: str
     name: str
-    """As configured; several ids share it when a host name has several addresses."""
+    """As configured; several ids share it when a host name has several addresses. Of brokers and
+    other nodes: their names."""
     address: Address | None
     weight: int
     row: int
@@ -105,6 +193,11 @@ class Compiled:
     endpoints: tuple[EndpointInfo, ...]
     cluster_rows: Mapping[str, int]
     listener_rows: Mapping[str, int]
+    kinds: Mapping[int, str] = field(default_factory=dict)
+    """Of the message mesh: id of a listener or endpoint -> push | forward | brokers | peers."""
+    group_ids: Mapping[str, int] = field(default_factory=dict)
+    group_rows: Mapping[str, int] = field(default_factory=dict)
+    publishes: tuple[PublishInfo, ...] = ()
 
 
 def engine_limits(limits: Limits, *, connections_max: int, sample_every: int) -> dict[str, int]:
@@ -124,8 +217,10 @@ def compile_snapshot(
     addresses: Callable[[Address], tuple[Address, ...]],
     connections_max: int,
     factory: Callable[[int, Mapping[str, int]], Any] | None = None,
+    mesh: MeshView | None = None,
 ) -> Compiled:
     """Build and seal a snapshot. Raises ValueError when the engine finds a value out of range.
+    `mesh` belongs to a configuration with `push`.
 
     A cluster whose protocol or binding changes gets a new id, so that connections of the old kind
     drain instead of changing under their clients; a listener whose address changes likewise.
@@ -178,6 +273,9 @@ def compile_snapshot(
         listener_ids[listener.name] = listener_id
         row = directory.row(RowLabel("listener", listener=listener.name, route=NO_ROUTE_NAME))
         listener_rows[listener.name] = row
+        if listener.protocol == PUSH:
+            snapshot.add_listener(listener_id, codec=PUSH, row=row, kind="push")
+            continue
         snapshot.add_listener(listener_id, codec=listener.protocol, row=row)
         for rule in listener.routes:
             row = directory.row(
@@ -205,9 +303,7 @@ def compile_snapshot(
                     rule.headers,
                 )
             )
-    snapshot.seal()
-    directory.turn()
-    return Compiled(
+    compiled = Compiled(
         version,
         config,
         snapshot,
@@ -218,6 +314,157 @@ def compile_snapshot(
         cluster_rows,
         listener_rows,
     )
+    if mesh is not None and config.push is not None:
+        compiled = _MeshBuilder(compiled, mesh, directory, addresses).build()
+    snapshot.seal()
+    directory.turn()
+    return compiled
+
+
+class _MeshBuilder:
+    """Adds the message mesh to a snapshot that has everything else."""
+
+    def __init__(
+        self,
+        base: Compiled,
+        mesh: MeshView,
+        directory: Directory,
+        addresses: Callable[[Address], tuple[Address, ...]],
+    ) -> None:
+        self.base = base
+        self.mesh = mesh
+        self.directory = directory
+        self.addresses = addresses
+        self.snapshot: Any = base.snapshot
+        self.endpoints: list[EndpointInfo] = []
+        self.kinds: dict[int, str] = {}
+        self.cluster_rows = dict(base.cluster_rows)
+        self.routes: list[RouteInfo] = []
+        self.publishes: list[PublishInfo] = []
+
+    def build(self) -> Compiled:
+        base, mesh, snapshot, directory = self.base, self.mesh, self.snapshot, self.directory
+        config = base.config
+        assert config.push is not None
+        snapshot.set_node(config.node.name.encode())
+        brokers = self._cluster(
+            BROKERS, "brokers", {b.name: (b.address, b.weight) for b in mesh.brokers}
+        )
+        peers = self._cluster(PEERS, "peers", {name: (at, 100) for name, at in mesh.peers.items()})
+        for listener in config.listeners:
+            if listener.protocol == PUSH:
+                self.kinds[base.listener_ids[listener.name]] = "push"
+                self._publish_rules(listener.name, brokers)
+        listener_ids, listener_rows = dict(base.listener_ids), dict(base.listener_rows)
+        if config.push.forward is not None:
+            number = directory.id(("listener", FORWARD, str(config.push.forward)))
+            row = directory.row(RowLabel("listener", listener=FORWARD, route=NO_ROUTE_NAME))
+            snapshot.add_listener(number, codec=PUSH, row=row, kind="forward")
+            listener_ids[FORWARD], listener_rows[FORWARD] = number, row
+            self.kinds[number] = "forward"
+        group_ids, group_rows = self._groups(peers)
+        return dataclasses.replace(
+            base,
+            listener_ids=listener_ids,
+            listener_rows=listener_rows,
+            cluster_rows=self.cluster_rows,
+            endpoints=(*base.endpoints, *self.endpoints),
+            routes=(*base.routes, *self.routes),
+            kinds=self.kinds,
+            group_ids=group_ids,
+            group_rows=group_rows,
+            publishes=tuple(self.publishes),
+        )
+
+    def _cluster(
+        self, name: str, kind: str, members: Mapping[str, tuple[Address, int]]
+    ) -> dict[str, int]:
+        """Endpoint ids by name. A host name with several addresses is one connection all the same:
+        a broker that is connected twice would push everything twice."""
+        directory, snapshot = self.directory, self.snapshot
+        number = directory.id(("cluster", name))
+        row = self.cluster_rows[name] = directory.row(RowLabel("cluster", cluster=name))
+        snapshot.add_cluster(number, codec=PUSH, row=row, kind=kind)
+        found: dict[str, int] = {}
+        for member, (configured, weight) in members.items():
+            address = next(iter(self.addresses(configured)), None)
+            endpoint_id = directory.id((name, member, str(configured), address))
+            row = directory.row(RowLabel("endpoint", cluster=name, endpoint=member))
+            used = 0 if endpoint_id in self.mesh.paused else weight
+            snapshot.add_endpoint(
+                number, endpoint_id, address=_engine_address(address), weight=used, row=row
+            )
+            self.endpoints.append(EndpointInfo(endpoint_id, name, member, address, weight, row))
+            self.kinds[endpoint_id] = kind
+            found[member] = endpoint_id
+        return found
+
+    def _publish_rules(self, listener: str, brokers: Mapping[str, int]) -> None:
+        """First whatever names its broker, then the topics. What no rule takes has no topic."""
+        for name, endpoint_id in brokers.items():
+            self._rule(listener, (("fm.broker", name),), None, [endpoint_id])
+        publishers: dict[str, list[str]] = {}
+        for group in self.mesh.groups:
+            if group.publishes:
+                publishers.setdefault(group.topic, []).append(group.name)
+        for topic in sorted(self.mesh.topics):
+            names = [b.name for b in self.mesh.brokers if b.has(topic)]
+            if not names:
+                continue
+            ids = [brokers[name] for name in names]
+            for group_name in (*sorted(publishers.get(topic, ())), ""):
+                headers = (("fm.group", group_name),) if group_name else ()
+                row = self._rule(listener, headers, topic, ids)
+                self.publishes.append(PublishInfo(listener, topic, group_name, tuple(names), row))
+
+    def _rule(
+        self,
+        listener: str,
+        headers: tuple[tuple[str, str], ...],
+        topic: str | None,
+        endpoints: Sequence[int],
+    ) -> int:
+        pattern = "".join(f"{{{key}={value}}}" for key, value in headers)
+        name = (topic or "") + pattern
+        row = self.directory.row(RowLabel("route", listener=listener, route=name, cluster=BROKERS))
+        self.snapshot.add_rule(
+            self.base.listener_ids[listener],
+            cluster_id=self.directory.id(("cluster", BROKERS)),
+            row=row,
+            service=None if topic is None else topic.encode(),
+            headers=[(key.encode(), value.encode()) for key, value in headers],
+            endpoints=endpoints,
+        )
+        self.routes.append(RouteInfo(listener, name, BROKERS, row, topic, False, headers))
+        return row
+
+    def _groups(self, peers: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+        """Ids and rows by name, each group with the schedule of its application."""
+        ids: dict[str, int] = {}
+        rows: dict[str, int] = {}
+        schedules: dict[str, int | None] = {}
+        for group in self.mesh.groups:
+            if group.app not in schedules:
+                native = self.mesh.schedule(group.app, peers)
+                schedules[group.app] = None
+                if native is not None:
+                    number = self.directory.id(("schedule", group.app))
+                    self.snapshot.add_schedule(number, native)
+                    schedules[group.app] = number
+            # What changes these has to join anew: unanswered deliveries keep their old meaning.
+            ids[group.name] = self.directory.group((group.name, group.ordered, group.broadcast))
+            rows[group.name] = self.directory.row(
+                RowLabel("group", app=group.app, group=group.name)
+            )
+            self.snapshot.add_group(
+                ids[group.name],
+                name=group.name.encode(),
+                row=rows[group.name],
+                ordered=group.ordered,
+                broadcast=group.broadcast,
+                schedule_id=schedules[group.app],
+            )
+        return ids, rows
 
 
 def _engine_address(address: Address | None) -> tuple[str, int] | str | None:

@@ -40,6 +40,8 @@ OUTCOMES = (
     "undecodable",
     "expired",
 )
+PUSH_KINDS = ("frame", "opened", "gone", "answer", "group")
+"""Events of the message mesh (fastmesh.mesh.push)."""
 RULE_CLUSTER = -1
 """The verdict "as its rule says"."""
 SAMPLE = struct.Struct("<6Q")
@@ -94,7 +96,9 @@ class Events:
         endpoint_name: Callable[[int], str],
         verdict: Callable[[int, int | None], None],
         drained: Callable[[int], None],
+        push: Callable[[Any], None] | None = None,
     ) -> None:
+        """`push` takes PUSH_KINDS; None where there is no message mesh."""
         self._log = log
         self._listener_name = listener_name
         self._endpoint_name = endpoint_name
@@ -119,6 +123,8 @@ class Events:
             "drained": self._on_drained,
             "stopped": self._on_stopped,
         }
+        if push is not None:
+            self._takers = {**self._takers, **dict.fromkeys(PUSH_KINDS, push)}
 
     def take(self, event: Event) -> None:
         taker = self._takers.get(event.kind)

@@ -73,6 +73,8 @@ _PROCESS_COUNTERS = (
     ("fastmesh_stale_handles", "stale_handle", "Commands for connections already gone."),
     ("fastmesh_allocations_refused", "alloc_refused", "Allocations over memory_bytes_max."),
     ("fastmesh_samples", "samples", "Requests sampled."),
+    ("fastmesh_control_frames", "punted", "Frames that Python decided on."),
+    ("fastmesh_control_calls", "calls", "Requests of the control plane: hello, announce, suspend."),
 )
 _PROCESS_GAUGES = (
     ("fastmesh_buffer_bytes", "memory", "Bytes of all buffers."),
@@ -93,7 +95,7 @@ class Label(Protocol):
 
     @property
     def kind(self) -> str:
-        """listener | route | cluster | endpoint"""
+        """listener | route | cluster | endpoint | group"""
 
     @property
     def listener(self) -> str: ...
@@ -103,6 +105,10 @@ class Label(Protocol):
     def cluster(self) -> str: ...
     @property
     def endpoint(self) -> str: ...
+    @property
+    def app(self) -> str: ...
+    @property
+    def group(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +125,8 @@ class Situation:
     config_sha256: str = ""
     uptime_s: float = 0.0
     log_lines_lost: int = 0
+    groups: Mapping[str, tuple[int, int]] | None = None
+    """Of the message mesh: group -> (live connections, credit); None where there is none."""
 
 
 class _Collector:
@@ -194,6 +202,8 @@ def _families(reading: Reading, now: Situation) -> Iterator[Any]:
 
     yield from _connection_families(by_kind, other, now)
     yield from _upstream_families(by_kind, now)
+    if now.groups is not None:
+        yield from _group_families(by_kind, other, now.groups)
 
     hop_bounds = _hop_bounds()
     hops = HistogramMetricFamily(
@@ -315,6 +325,61 @@ def _upstream_families(
         for label, values in endpoints:
             family.add_metric([label.cluster, label.endpoint], values[counter])
         yield family
+
+
+# name, counter of a group's row, help
+_GROUP_COUNTERS = (
+    ("fastmesh_group_deliveries", "pushes.accepted", "Deliveries and checks taken over."),
+    ("fastmesh_group_answered", "pushes.answered", "Deliveries answered by a client or peer."),
+    ("fastmesh_group_expired", "pushes.expired", "Deliveries that reached their deadline first."),
+    ("fastmesh_group_forwarded", "forwarded", "Deliveries handed to another node."),
+    ("fastmesh_group_stayed", "stayed", "Deliveries that were to leave, and nobody reachable."),
+    ("fastmesh_group_offered", "offered", "Forwards refused before execution, offered here."),
+    ("fastmesh_group_loops", "loops", "Forwards refused: they had been forwarded before."),
+)
+
+
+def _group_families(
+    by_kind: Mapping[str, list[tuple[Label, dict[str, int]]]],
+    other: dict[str, int],
+    live: Mapping[str, tuple[int, int]],
+) -> Iterator[Any]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    which = ["app", "group"]
+    groups = [([x.app, x.group], values) for x, values in by_kind.get("group", ())]
+    groups.append(([OTHER, OTHER], other))
+    for metric, counter, text in _GROUP_COUNTERS:
+        family = CounterMetricFamily(metric, text, labels=which)
+        for key, values in groups:
+            family.add_metric(key, values[counter])
+        yield family
+    refused = CounterMetricFamily(
+        "fastmesh_group_refused",
+        "Deliveries that the mesh answered itself.",
+        labels=[*which, "cause"],
+    )
+    for key, values in groups:
+        for cause in CAUSES:
+            refused.add_metric([*key, cause], values[f"pushes.failed.{cause}"])
+    yield refused
+    flight = GaugeMetricFamily(
+        "fastmesh_group_in_flight", "Deliveries taken over and not settled.", labels=which
+    )
+    connections = GaugeMetricFamily(
+        "fastmesh_group_connections", "Live connections of a group.", labels=which
+    )
+    credit = GaugeMetricFamily(
+        "fastmesh_group_credit", "Deliveries that they take unanswered, in all.", labels=which
+    )
+    # A group has one application at a time, but an old one keeps its row.
+    newest = {key[1]: key for key, _ in groups[:-1]}
+    for key, values in groups:
+        flight.add_metric(key, values["pushes.in_flight"])
+        if newest.get(key[1]) == key and key[1] in live:
+            connections.add_metric(key, live[key[1]][0])
+            credit.add_metric(key, live[key[1]][1])
+    yield from (flight, connections, credit)
 
 
 def _hop_bounds() -> list[int]:

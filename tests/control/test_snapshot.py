@@ -5,11 +5,23 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+import pytest
+
 from fastmesh import config
-from fastmesh.config import Address, Config
-from fastmesh.control.snapshot import Compiled, Directory, RowLabel, compile_snapshot
+from fastmesh._ext import push
+from fastmesh.address import Address
+from fastmesh.config import Config
+from fastmesh.control.snapshot import (
+    Compiled,
+    Directory,
+    GroupView,
+    MeshView,
+    RowLabel,
+    compile_snapshot,
+)
 from fastmesh.limits import ROW_OTHER
 from tests.conftest import SMALL
+from tests.fake_engine import FakeSnapshot
 
 
 def parse(text: str = SMALL) -> Config:
@@ -140,3 +152,168 @@ def test_a_row_label_says_what_it_counts() -> None:
         "endpoint",
     }
     assert RowLabel("route", "rpc", "*", "others") in directory.rows()
+
+
+# --- the message mesh -----------------------------------------------------------------------------
+
+MESH = """\
+node: {name: n1, app: shop}
+listeners:
+  - {name: msg, listen: "127.0.0.1:0", protocol: push}
+push:
+  brokers:
+    - {name: b1, address: "127.0.0.1:1", topics: [orders, "stock.*"]}
+    - {name: b2, address: "127.0.0.1:2", topics: ["orders*"]}
+    - {name: b3, address: "127.0.0.1:3", topics: ["*"], weight: 7}
+  forward: {listen: "127.0.0.1:0"}
+registration: {listen: "127.0.0.1:0"}
+"""
+
+
+def mesh_view(found: Config, **more: Any) -> MeshView:
+    assert found.push is not None
+    given: dict[str, Any] = {
+        "brokers": found.push.brokers,
+        "groups": (
+            GroupView("g1", "shop", "orders", publishes=False, ordered=True),
+            GroupView("p1", "shop", "orders", publishes=True),
+            GroupView("g2", "other", "news", publishes=False, broadcast=True),
+        ),
+        "topics": ("orders", "orders.x", "stock.x", "news"),
+        "peers": {"n2": Address("127.0.0.1", 12501), "n3": Address("n3.example", 12502)},
+    } | more
+    return MeshView(**given)
+
+
+def build_mesh(directory: Directory | None = None, text: str = MESH, **more: Any) -> Any:
+    found = parse(text)
+    version = more.pop("version", 1)
+    return build(
+        found,
+        directory or Directory(4096),
+        version,
+        factory=FakeSnapshot,
+        mesh=mesh_view(found, **more),
+    )
+
+
+def test_a_topic_goes_to_all_brokers_that_have_it() -> None:
+    snapshot = build_mesh().snapshot
+    one, two, three = (f"('127.0.0.1', {n})" for n in (1, 2, 3))
+    assert snapshot.brokers_of("orders") == [one, two, three]
+    assert snapshot.brokers_of("orders.x") == [two, three]
+    assert snapshot.brokers_of("stock.x") == [one, three]
+    assert snapshot.brokers_of("news") == [three]
+    assert snapshot.brokers_of("unregistered") == []
+    assert snapshot.brokers_of("orders", **{"fm.broker": "b2"}) == [two], "a second phase"
+    weights = sorted(e["weight"] for e in snapshot.endpoints.values())
+    assert weights == [7, 100, 100, 100, 100]
+
+
+def test_the_real_snapshot_takes_it_all() -> None:
+    found = parse(MESH)
+    view = mesh_view(found, peers={"n2": Address("127.0.0.1", 12501)})
+    made = build(found, Directory(4096), mesh=view)
+    listener = made.listener_ids["msg"]
+    rows = {info.row: info.name for info in made.routes}
+
+    def route(**headers: str) -> str | None:
+        named = {f"fm.{key}": value for key, value in headers.items()}
+        found = made.snapshot.find(listener, push.request(1, {"fm.op": "publish"} | named))
+        return None if found is None else rows[found[0]]
+
+    assert route(topic="orders") == "orders"
+    assert route(topic="orders", group="p1") == "orders{fm.group=p1}"
+    assert route(topic="orders", group="g1") == "orders"
+    assert route(topic="orders", broker="b1") == "{fm.broker=b1}"
+    assert route(topic="nothing") is None
+
+
+def test_topics_without_a_broker_have_no_rule() -> None:
+    text = MESH.replace('topics: ["*"], weight: 7', "topics: [a]")
+    made = build_mesh(text=text)
+    assert made.snapshot.brokers_of("news") == []
+    assert "news" not in {info.topic for info in made.publishes}
+
+
+def test_brokers_that_want_nothing_have_no_weight_and_keep_their_connection() -> None:
+    directory = Directory(4096)
+    first = build_mesh(directory)
+    paused = next(e.id for e in first.endpoints if e.name == "b1")
+    second = build_mesh(directory, version=2, paused=frozenset((paused,)))
+    assert second.snapshot.endpoints[paused]["weight"] == 0
+    assert [e.id for e in first.endpoints] == [e.id for e in second.endpoints]
+
+
+def test_each_kind_of_number_says_what_it_is() -> None:
+    made = build_mesh()
+    kinds = {e.name: made.kinds[e.id] for e in made.endpoints}
+    assert kinds == dict.fromkeys(("b1", "b2", "b3"), "brokers") | dict.fromkeys(
+        ("n2", "n3"), "peers"
+    )
+    assert made.kinds[made.listener_ids["msg"]] == "push"
+    assert made.kinds[made.listener_ids["__forward__"]] == "forward"
+    assert made.snapshot.node == b"n1"
+    assert {x["kind"] for x in made.snapshot.listeners.values()} == {"push", "forward"}
+
+
+def test_a_host_name_is_one_connection_to_a_broker_or_node() -> None:
+    found = parse(MESH)
+    made = build(
+        found,
+        Directory(4096),
+        factory=FakeSnapshot,
+        mesh=mesh_view(found),
+        addresses=lambda a: (
+            (a,) if a.is_literal else (Address("10.0.0.1", a.port), Address("10.0.0.2", a.port))
+        ),
+    )
+    assert len(made.endpoints) == 5
+
+
+def test_groups_keep_their_numbers_and_rows() -> None:
+    directory = Directory(4096)
+    first = build_mesh(directory)
+    second = build_mesh(directory, version=2)
+    assert first.group_ids == second.group_ids
+    assert first.group_rows == second.group_rows
+    by_name = {g["name"]: g for g in first.snapshot.groups.values()}
+    assert by_name[b"g1"]["ordered"]
+    assert by_name[b"g2"]["broadcast"]
+    unordered = tuple(
+        GroupView(g.name, g.app, g.topic, g.publishes, broadcast=g.broadcast)
+        for g in mesh_view(parse(MESH)).groups
+    )
+    third = build_mesh(directory, version=3, groups=unordered)
+    assert third.group_ids["g1"] != first.group_ids["g1"], "its connections join anew"
+    assert third.group_rows == first.group_rows
+
+
+def test_groups_that_come_and_go_use_few_numbers_again(monkeypatch: Any) -> None:
+    monkeypatch.setattr("fastmesh.control.snapshot.GROUP_ID_MAX", 8)
+    directory = Directory(4096)
+    last: dict[int, int] = {}
+    for turn in range(100):
+        groups = tuple(GroupView(f"g{turn}-{n}", "shop", "orders", False) for n in range(2))
+        made = build_mesh(directory, version=turn + 1, groups=groups)
+        for number in made.group_ids.values():
+            assert turn - last.get(number, -9) > 2, "never while an older snapshot may have it"
+            last[number] = turn
+    many = tuple(GroupView(f"m{n}", "shop", "orders", False) for n in range(9))
+    with pytest.raises(ValueError, match="more than 8 groups"):
+        build_mesh(directory, version=101, groups=many)
+
+
+def test_each_application_has_its_schedule_and_the_nodes_that_are_dialled() -> None:
+    asked = []
+
+    def schedule(app: str, endpoints: Any) -> object | None:
+        asked.append((app, dict(endpoints)))
+        return ("native", app) if app == "shop" else None
+
+    made = build_mesh(schedule=schedule)
+    numbers = {e.name: e.id for e in made.endpoints if e.cluster == "__peers__"}
+    assert asked == [("shop", numbers), ("other", numbers)]
+    (number,) = made.snapshot.schedules
+    scheduled = {g["name"]: g["schedule_id"] for g in made.snapshot.groups.values()}
+    assert scheduled == {b"g1": number, b"p1": number, b"g2": None}
