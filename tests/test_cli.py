@@ -17,11 +17,10 @@ from typing import Any
 
 import pytest
 
-from fastmesh import __version__, cli, demo
-from fastmesh._ext.load import EchoServer, Latency, LoadResult, LoadRun
-from fastmesh.observe.metrics import CAUSES
+from fastmesh import __version__, cli
+from fastmesh._ext.load import EchoServer, LoadRun
 
-COMMANDS = ("run", "check", "status", "top", "drain", "demo", "bench", "version")
+COMMANDS = ("broker", "run", "check", "status", "top", "drain", "demo", "bench", "version")
 CONFIG = """\
 node: {{name: real, app: test}}
 state_dir: run
@@ -64,6 +63,25 @@ def test_check_says_what_it_found(config_file: Path, capsys: pytest.CaptureFixtu
     assert call("check", "-c", str(config_file)) == 0
     assert "1 listeners, 2 rules, 2 clusters, 2 endpoints" in capsys.readouterr().out
     assert not (config_file.parent / "run").exists(), "checking leaves nothing behind"
+
+
+def test_check_reads_the_schedule_too(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config_file.write_text(
+        'listeners: [{name: msg, listen: "127.0.0.1:1", protocol: push}]\n'
+        'push: {brokers: [{name: b1, address: "127.0.0.1:2"}], schedule: {file: s.yaml}}\n'
+        'registration: {listen: "127.0.0.1:3"}\n'
+    )
+    schedule = config_file.parent / "s.yaml"
+    assert call("check", "-c", str(config_file)) == 64
+    assert "push.schedule.file cannot be read" in capsys.readouterr().err
+    schedule.write_text("apps:\n  shop: {nodes: [{name: n1}]}\n")
+    assert call("check", "-c", str(config_file)) == 64
+    assert f"{schedule}:2: apps.shop.nodes[0].address is missing" in capsys.readouterr().err
+    schedule.write_text('apps: {shop: {nodes: [{name: n1, address: "127.0.0.1:4"}]}}')
+    assert call("check", "-c", str(config_file)) == 0
+    assert "1 brokers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["check", "run", "status", "drain", "top"])
@@ -335,51 +353,3 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "not in time"
-
-
-@pytest.mark.parametrize(
-    ("change", "code"),
-    [
-        ({}, 0),
-        ({"accepted": 11}, 1),
-        ({"answered": 9, "expired": 1}, 1),
-        ({"answered": 9, "in_flight": 1}, 1),
-        ({"served": 9}, 1),
-        ({"lost": 1}, 1),
-    ],
-)
-def test_the_demo_fails_when_anything_is_lost_or_does_not_balance(
-    change: dict[str, int], code: int
-) -> None:
-    values = {"accepted": 10, "answered": 10, "expired": 0, "in_flight": 0, "served": 10, "lost": 0}
-    values |= change
-    lost, served = values.pop("lost"), values.pop("served")
-    block = {**values, "failed": dict.fromkeys(CAUSES, 0)}
-    view = {"routes": [block], "listeners": []}
-    latency = Latency(10, 1.0, 1, 1, 1, 1, 1)
-    result = LoadResult(
-        ok=not lost,
-        duration_s=1.0,
-        connections=1,
-        sent=10,
-        answered=10,
-        throughput_per_s=10.0,
-        bytes_out=1,
-        bytes_in=1,
-        latency=latency,
-        errors={"lost": lost},
-        histogram=[],
-        cpu_share=0.1,
-        answered_for_peer=0,
-        sent_total=10,
-    )
-    assert demo._summary(view, [result], served) == code
-
-
-def test_the_demo_ends_by_itself_with_a_ledger() -> None:
-    shown = fastmesh("demo", "--seconds", "2", "--connections", "8")
-    assert shown.returncode == 0, shown.stdout + shown.stderr
-    assert "accepted = answered + failed + expired + in flight: yes" in shown.stdout
-    assert "Nothing lost, doubled or misrouted." in shown.stdout
-    assert "route" in shown.stdout
-    assert "\x1b" not in shown.stdout

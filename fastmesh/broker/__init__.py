@@ -1,0 +1,1 @@
+"""The embedded broker: one node, for development, tests and the demo. See docs/broker.md."""
