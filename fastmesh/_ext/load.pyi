@@ -27,6 +27,7 @@ kinds, counted over the whole run, warm-up and drain included:
     disconnected   a connection that the other side closed during the run
     connect_failed a connection that was refused or did not come up in time
     unsent         open loop: due before the end and never sent, because every connection was full
+    refused        message mesh: an answer that did not say "consumed"
     status.N       an answer with a status other than 0
 """
 
@@ -131,6 +132,8 @@ class LoadRun:
     stay silent.
     `requests`: end after so many instead of at the end of `duration_ms`; 0 = only time decides. All
     of them are measured when `warmup_ms` is 0.
+    `consume`: (app, client, group, prefetch). The connections say hello, subscribe to that group of
+    a message mesh and answer "consumed" to whatever they are asked; they ask nothing themselves.
     `version` 1 or 2 of the protocol; `crc` needs 2. `timeout_ms` goes into each request. `service`
     empty: no header section. Requests from the other side are echoed on every connection.
 
@@ -158,6 +161,7 @@ class LoadRun:
         timeout_ms: int = 3000,
         service: str = "com.example.Order:1.0",
         headers: Sequence[tuple[str, str]] = (),
+        consume: tuple[str, str, str, int] | None = None,
         seed: int = 0,
     ) -> None:
         """`seed` 0 draws one; it decides bodies and the order of sizes."""
@@ -192,6 +196,10 @@ class EchoServer:
     With `push_rate` it also asks: on each connection that sent its first bytes (a heartbeat counts)
     or, with `push_at_once`, that was accepted, `push_rate` requests a second of `push_sizes` bytes;
     their answers are checked like those of a LoadRun (see `push_result`).
+
+    With `push_group` it is a broker of a message mesh: each connection that announced a group (or,
+    without a mesh between, subscribed to one) is sent deliveries of `push_topic` to `push_group`,
+    and every request is answered "consumed".
     """
 
     address: str
@@ -210,6 +218,8 @@ class EchoServer:
         push_timeout_ms: int = 3000,
         push_at_once: bool = False,
         push_service: str = "com.example.Push:1.0",
+        push_group: str = "",
+        push_topic: str = "bench",
         seed: int = 0,
     ) -> None: ...
     def start(self) -> None: ...

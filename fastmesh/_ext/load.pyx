@@ -19,11 +19,13 @@ import socket
 import struct
 from typing import NamedTuple
 
+from fastmesh._ext.push import request as push_request
+
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport UINT32_MAX, UINT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 
-from .bolt cimport BOLT
+from .bolt cimport BOLT, CMD_RESPONSE, write_response_head
 from .bytes cimport memcmp, memcpy, memmove, memset, put16, put32
 from .crc32 cimport crc32_of
 from .frame cimport (
@@ -38,6 +40,7 @@ from .frame cimport (
     Limits,
     ParseStatus,
 )
+from .push cimport OP_ANNOUNCE, OP_SUBSCRIBE, RESULT_CONSUMED, PushFields, push_read
 
 cdef extern from *:
     """
@@ -183,6 +186,10 @@ cdef enum:
     C_DEPTH_MAX = 32768        # index: 15 bits
     C_THREADS_MAX = 64
     C_BODY_MAX = 16777216
+    MESH_CLASS_BYTES = 16
+    CONSUMED_BYTES = 25
+    # of what a consumer says at first: requests have index and generation in 29 bits
+    GREETING_ID = 0x7ffffff0
 
 cdef uint64_t SECOND_NS = 1000000000
 cdef uint64_t RETRY_NS = 50000000  # before a lost connection is tried again
@@ -199,7 +206,8 @@ cdef enum:  # error kinds, in the order of ERROR_KINDS
     E_DISCONNECTED = 7
     E_CONNECT_FAILED = 8
     E_UNSENT = 9
-    E_COUNT = 10
+    E_REFUSED = 10
+    E_COUNT = 11
 
 cdef enum State:  # of a connection
     FREE = 0
@@ -278,6 +286,10 @@ cdef struct Shared:
     uint32_t checksum
     uint32_t closed            # closed loop
     uint32_t push_at_once
+    # speaks the message mesh's protocol: a broker that announcements start, or a consumer
+    uint32_t mesh
+    uint8_t* greeting          # what a consumer says when its connection is up
+    uint32_t greeting_size
     uint32_t status
     # open loop: between two requests of one thread; push: of one connection; 0 = does not ask
     double interval_ns
@@ -353,7 +365,7 @@ cdef struct Loop:
     int iov_count
     size_t iov_bytes
     # figures
-    uint64_t errors[10]
+    uint64_t errors[11]
     uint32_t status[16]
     uint64_t status_count[16]
     uint64_t sent_total
@@ -374,6 +386,8 @@ cdef struct Loop:
 
 cdef const uint8_t* REQUEST_CLASS = b"com.alipay.sofa.rpc.core.request.SofaRequest"
 cdef const uint8_t* RESPONSE_CLASS = b"com.alipay.sofa.rpc.core.response.SofaResponse"
+cdef const uint8_t* MESH_CLASS = b"fastmesh.push.v1"
+cdef const uint8_t* CONSUMED = b"\0\0\0\x09fm.result\0\0\0\x08consumed"
 cdef enum:
     REQUEST_CLASS_BYTES = 44
     RESPONSE_CLASS_BYTES = 46
@@ -687,6 +701,7 @@ cdef void take_answer(Loop* loop, Conn* conn, const FrameView* view, uint64_t no
     cdef uint64_t sequence = 0, took
     cdef uint32_t last
     cdef Ask* ask
+    cdef PushFields said
     cdef int error = -1
     cdef int owner
     if index < conn.made:
@@ -694,6 +709,8 @@ cdef void take_answer(Loop* loop, Conn* conn, const FrameView* view, uint64_t no
         if ask.open and ask.generation == generation:
             if view.status:
                 count_status(loop, view.status)
+            elif shared.mesh and (push_read(view, &said) <= 0 or said.result != RESULT_CONSUMED):
+                error = E_REFUSED
             elif ask.size == 0:
                 if size:
                     error = E_TORN
@@ -781,6 +798,14 @@ cdef void ask_due(Loop* loop, uint64_t now) noexcept nogil:
 
 # --- answering ------------------------------------------------------------------------------------
 
+cdef uint32_t mesh_answer_prefix(const FrameView* view, uint32_t content, uint8_t* out) noexcept nogil:
+    """The same for a message that was consumed; 63 bytes at most."""
+    cdef uint32_t at = write_response_head(view.id.number, view.hint, CMD_RESPONSE, 0, MESH_CLASS_BYTES,
+                                           CONSUMED_BYTES, content, out)
+    memcpy(out + at, MESH_CLASS, MESH_CLASS_BYTES)
+    memcpy(out + at + MESH_CLASS_BYTES, CONSUMED, CONSUMED_BYTES)
+    return at + MESH_CLASS_BYTES + CONSUMED_BYTES
+
 cdef uint32_t answer_prefix(const FrameView* view, uint32_t status, uint32_t content,
                             uint8_t* out) noexcept nogil:
     # Header and class of the response to a request; 68 bytes at most. The checksum switch is the
@@ -807,6 +832,12 @@ cdef uint32_t answer_prefix(const FrameView* view, uint32_t status, uint32_t con
     memcpy(out + at + 10, RESPONSE_CLASS, class_size)
     return at + 10 + class_size
 
+cdef inline uint32_t prefix_of(const Shared* shared, const FrameView* view, uint32_t status,
+                               uint32_t content, uint8_t* out) noexcept nogil:
+    if shared.mesh and status == 0:
+        return mesh_answer_prefix(view, content, out)
+    return answer_prefix(view, status, content, out)
+
 cdef void answer_request(Loop* loop, Conn* conn, const FrameView* view,
                          uint64_t now) noexcept nogil:
     cdef Shared* shared = loop.shared
@@ -817,6 +848,12 @@ cdef void answer_request(Loop* loop, Conn* conn, const FrameView* view,
     cdef uint64_t delay = shared.delay_ns
     cdef uint8_t* out
     cdef Delayed* later
+    cdef PushFields asked
+    if shared.mesh and shared.serves and push_read(view, &asked) > 0:
+        # a mesh announces its groups; a consumer without a mesh subscribes right here
+        if (asked.op == OP_ANNOUNCE or asked.op == OP_SUBSCRIBE) and asked.group.size:
+            if not conn.active and shared.interval_ns > 0:
+                push_to(loop, conn, now)
     loop.answered_for_peer += 1
     content = end - at if status == 0 else 0
     if delay:
@@ -831,7 +868,7 @@ cdef void answer_request(Loop* loop, Conn* conn, const FrameView* view,
             delay = 0
         else:
             out = <uint8_t*>(later + 1)
-            prefix = answer_prefix(view, status, content, out)
+            prefix = prefix_of(shared, view, status, content, out)
             memcpy(out + prefix, view.data + at, content)
             later.size = prefix + content
             if view.checksum_at:
@@ -849,7 +886,7 @@ cdef void answer_request(Loop* loop, Conn* conn, const FrameView* view,
             loop.delayed_bytes += later.size + sizeof(Delayed)
             return
     out = out_room(loop, conn, 72 + SMALL_BYTES + 4)
-    prefix = answer_prefix(view, status, content, out)
+    prefix = prefix_of(shared, view, status, content, out)
     crc = 0
     if content <= SMALL_BYTES:
         memcpy(out + prefix, view.data + at, content)
@@ -974,6 +1011,11 @@ cdef void conn_up(Loop* loop, Conn* conn) noexcept nogil:
     loop.to_come -= 1
     loop.up += 1
     conn_watch(loop, conn)
+    if loop.shared.greeting_size:
+        memcpy(out_room(loop, conn, loop.shared.greeting_size), loop.shared.greeting,
+               loop.shared.greeting_size)
+        out_arena(loop, loop.shared.greeting_size)
+        conn_flush(loop, conn)
     if conn.active:
         conn_activate(loop, conn)
         if asking(loop) and loop.shared.closed:
@@ -1119,6 +1161,7 @@ cdef int keep_rest(Conn* conn, uint8_t* at, size_t left, size_t need) noexcept n
 cdef void conn_read(Loop* loop, Conn* conn) noexcept nogil:
     cdef Shared* shared = loop.shared
     cdef FrameView view
+    cdef PushFields said
     cdef ParseStatus status
     cdef uint8_t* at
     cdef uint8_t* out
@@ -1142,7 +1185,7 @@ cdef void conn_read(Loop* loop, Conn* conn) noexcept nogil:
         left = <size_t>n
     if shared.serves:
         loop.bytes_in += <uint64_t>n
-        if shared.interval_ns > 0 and not conn.active:
+        if shared.interval_ns > 0 and not conn.active and not shared.mesh:
             push_to(loop, conn, now)
     while left:
         status = BOLT.scan(NULL, at, left, &shared.limits, 0, &view)
@@ -1154,7 +1197,10 @@ cdef void conn_read(Loop* loop, Conn* conn) noexcept nogil:
             conn_flush(loop, conn)
             conn_close(loop, conn, now)
             return
-        if view.kind == FRAME_RESPONSE:
+        if view.kind == FRAME_RESPONSE and view.id.number >= GREETING_ID:
+            if push_read(&view, &said) <= 0 or said.result != RESULT_CONSUMED:
+                loop.errors[E_REFUSED] += 1     # our hello or subscribe
+        elif view.kind == FRAME_RESPONSE:
             take_answer(loop, conn, &view, now)
         elif view.kind == FRAME_REQUEST:
             answer_request(loop, conn, &view, now)
@@ -1456,6 +1502,7 @@ cdef void loops_free(Shared* shared, Loop* loops) noexcept:
     free(shared.size)
     free(shared.fill)
     free(shared.prefix)
+    free(shared.greeting)
     if shared.done > 0:
         close_(shared.done)
     memset(shared, 0, sizeof(Shared))
@@ -1472,6 +1519,7 @@ ERROR_KINDS = (
     "disconnected",
     "connect_failed",
     "unsent",
+    "refused",
 )
 BODY_BYTES_MIN = NAME_BYTES
 BODY_BYTES_MAX = C_BODY_MAX
@@ -1568,6 +1616,16 @@ def _between(name, value, least, most):
     if not least <= value <= most:
         raise ValueError(f"{name} must be {least} to {most}: {value!r}")
     return value
+
+
+def _greeting(consume, timeout_ms):
+    """hello and subscribe of a consumer: (app, client, group, prefetch)."""
+    app, client, group, prefetch = consume
+    hello = {"fm.op": "hello", "fm.protocol": "1", "fm.app": app, "fm.client": client}
+    subscribe = {"fm.op": "subscribe", "fm.group": group, "fm.prefetch": str(prefetch)}
+    return push_request(GREETING_ID, hello, timeout_ms=timeout_ms) + push_request(
+        GREETING_ID + 1, subscribe, timeout_ms=timeout_ms
+    )
 
 
 def _request_prefix(version, crc, timeout_ms, service, headers):
@@ -1786,7 +1844,8 @@ cdef class _Threads:
 
         duration = (end - begin) / 1e9 if end > begin else 0.0
         return LoadResult(
-            ok=answered > 0 and not any(errors.values()),
+            ok=(answered > 0 or (self.shared.greeting_size and for_peer > 0))
+            and not any(errors.values()),
             duration_s=duration,
             connections=connections,
             sent=sent,
@@ -1827,6 +1886,7 @@ cdef class LoadRun(_Threads):
         timeout_ms=3000,
         service="com.example.Order:1.0",
         headers=(),
+        consume=None,
         seed=0,
     ):
         cdef Shared* shared = &self.shared
@@ -1868,11 +1928,20 @@ cdef class LoadRun(_Threads):
         shared.limits.frame_bytes_max = C_BODY_MAX + 65536
         prefix = _request_prefix(version, crc, timeout_ms, service, headers)
         self._set_up(threads, sizes, prefix, seed, (connections + threads - 1) // threads)
+        if consume is not None:
+            said = _greeting(consume, timeout_ms)
+            shared.greeting = <uint8_t*>malloc(len(said))
+            if shared.greeting == NULL:
+                raise MemoryError
+            view = said
+            memcpy(shared.greeting, &view[0], len(said))
+            shared.greeting_size = len(said)
+            shared.mesh = 1
         if requests:
             for i in range(shared.threads):
                 self.loops[i].left = requests // threads + (i < requests % threads)
         # The loaded connections are spread evenly, and so over the threads; there is at least one.
-        busy = max(1, round(connections * active))
+        busy = 0 if consume is not None else max(1, round(connections * active))
         for i in range(<uint32_t>connections):
             loop = &self.loops[i % shared.threads]
             conn = <Conn*>calloc(1, sizeof(Conn))
@@ -1957,6 +2026,8 @@ cdef class EchoServer(_Threads):
         push_timeout_ms=3000,
         push_at_once=False,
         push_service="com.example.Push:1.0",
+        push_group="",
+        push_topic="bench",
         seed=0,
     ):
         cdef Shared* shared = &self.shared
@@ -1981,6 +2052,10 @@ cdef class EchoServer(_Threads):
         shared.timeout_ns = <uint64_t>push_timeout_ms * 1000000 + SECOND_NS
         shared.limits.frame_bytes_max = frame_bytes_max
         prefix = _request_prefix(1, False, push_timeout_ms, push_service, ())
+        if push_group:
+            shared.mesh = 1
+            said = {"fm.op": "deliver", "fm.topic": push_topic, "fm.group": push_group}
+            prefix = push_request(0, said, timeout_ms=push_timeout_ms)
         self._set_up(threads, push_sizes, prefix, seed, C_CONNECTIONS_MAX)
         shared.begin_ns = 0
         family, where = _parse(listen)

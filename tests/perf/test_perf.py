@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from perf import compare, gate, host, instructions, report, run, targets, trial
+from perf import compare, deliver, gate, host, instructions, report, run, targets, trial
 from perf.contenders import CONTENDERS, Place
 from perf.scenarios import SCENARIOS, Scenario
 
@@ -67,6 +67,17 @@ def result(rounds: list[dict[str, dict[str, Any]]], **changed: Any) -> dict[str,
 
 # --- gate -----------------------------------------------------------------------------------------
 
+DELIVERED = deliver.Round(
+    direct_p50_us=50.0,
+    direct_p99_us=100.0,
+    p50_us=120.0,
+    p99_us=300.0,
+    peer_p50_us=200.0,
+    peer_p99_us=500.0,
+    cpu_us_per_delivery=10.0,
+    cpu_us_per_request=9.0,
+)
+
 
 def gate_of(
     *,
@@ -74,6 +85,7 @@ def gate_of(
     added_p99: float = 90.0,
     ratio: float = 0.45,
     errors: bool = False,
+    delivered: deliver.Round | None = None,
 ) -> gate.Gate:
     def play(contender: str, scenario: str) -> trial.Measurement:
         if scenario == "rate20000" and contender == "fastmesh":
@@ -87,25 +99,41 @@ def gate_of(
             return replace(GOOD, cpu_us_per_message=10 * ratio)
         return replace(GOOD, cpu_us_per_message=10.0)
 
-    return gate.Gate(play)
+    return gate.Gate(play, lambda: delivered or DELIVERED)
 
 
 def test_the_gate_passes_what_is_within_its_bounds() -> None:
     checked = gate_of()
     assert checked.run(3)
-    assert [len(check.rounds) for check in checked.checks] == [3, 3, 3]
+    assert [len(check.rounds) for check in checked.checks] == [3] * 7
 
 
 @pytest.mark.parametrize(
-    "broken", [{"added_p50": 201.0}, {"added_p99": 1001.0}, {"ratio": 0.61}], ids=str
+    "broken", [{"added_p50": 201.0}, {"added_p99": 1001.0}, {"ratio": 0.66}], ids=str
 )
 def test_the_gate_fails_what_is_not_after_measuring_it_again(broken: dict[str, float]) -> None:
     checked = gate_of(**broken)  # type: ignore[arg-type]
     assert not checked.run(3)
     failed = [check for check in checked.checks if not check.ok]
     assert len(failed) == 1
-    assert len(failed[0].rounds) == 6
+    assert len(failed[0].rounds) == 3 * (1 + gate.AGAIN)
     assert "FAILED" in str(failed[0])
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        {"p50_us": 251.0},
+        {"p99_us": 1101.0},
+        {"peer_p99_us": 2101.0},
+        {"cpu_us_per_delivery": 13.6},
+    ],
+    ids=str,
+)
+def test_deliveries_have_bounds_of_their_own(worse: dict[str, float]) -> None:
+    checked = gate_of(delivered=replace(DELIVERED, **worse))
+    assert not checked.run(3)
+    assert len([check for check in checked.checks if not check.ok]) == 1
 
 
 def test_one_error_fails_the_gate_without_a_second_chance() -> None:
@@ -126,7 +154,7 @@ def test_a_noisy_first_half_is_forgiven_once() -> None:
             GOOD, cpu_us_per_message=9.0 if noisy else 4.0 if contender == "fastmesh" else 10.0
         )
 
-    checked = gate.Gate(play)
+    checked = gate.Gate(play, lambda: DELIVERED)
     assert checked.run(3)
     assert len(checked.cpu.rounds) == 6
 
