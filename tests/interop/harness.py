@@ -19,8 +19,9 @@ import threading
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -108,6 +109,7 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            encoding="utf-8",
             errors="replace",
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -126,6 +128,17 @@ class Peer:
 
         eventually(f"{self.name} is ready", check, START_S)
         return self
+
+    def tell(self, line: str) -> None:
+        """One line on its standard input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def said(self, word: str) -> list[Any]:
+        """What stands behind that word in its lines so far."""
+        begin = word + " "
+        return [json.loads(line[len(begin) :]) for line in self.lines if line.startswith(begin)]
 
     def told(self) -> str:
         errors = Path(self._log.name).read_bytes()[-2000:].decode(errors="replace")
@@ -159,6 +172,8 @@ class Peer:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(10)
+        # What it had written before is read to the end.
+        self._reader.join(5)
         self._log.close()
 
 
@@ -226,13 +241,29 @@ class Fleet:
         return self._python("client.py", "python-client", options)
 
     def _java(self, program: str, peer: str, options: dict[str, object]) -> Peer:
-        heartbeat = f"-Dbolt.tcp.heartbeat.interval={HEARTBEAT_MS}"
         classes = f"{setup.JAVA_CLASSES}:{setup.JAVA_JARS}/*"
+        return self.java_program(classes, program, peer, options)
+
+    def java_program(
+        self,
+        classes: str,
+        program: str,
+        peer: str = "java",
+        options: Mapping[str, object] = MappingProxyType({}),
+    ) -> Peer:
+        heartbeat = f"-Dbolt.tcp.heartbeat.interval={HEARTBEAT_MS}"
         return self._start(peer, [*JAVA, heartbeat, "-cp", classes, program, *pairs(options)])
 
     def _node(self, program: str, peer: str, options: dict[str, object]) -> Peer:
-        script = str(setup.PEERS / "node" / program)
-        command = ["node", "--max-old-space-size=128", script, *pairs(options)]
+        return self.node_script(setup.PEERS / "node" / program, peer, options)
+
+    def node_script(
+        self,
+        script: Path,
+        peer: str = "node",
+        options: Mapping[str, object] = MappingProxyType({}),
+    ) -> Peer:
+        command = ["node", "--max-old-space-size=128", str(script), *pairs(options)]
         return self._start(peer, command, NODE_PATH=str(setup.NODE_MODULES))
 
     def _python(self, program: str, peer: str, options: dict[str, object]) -> Peer:
@@ -240,7 +271,42 @@ class Fleet:
         # It asks for a registry on the loopback; a proxy of the environment must not answer.
         return self._start(peer, [str(setup.PYTHON), script, *pairs(options)], no_proxy="*")
 
+    # clients of the message mesh
+
+    def node_push(self, name: str, **options: object) -> Peer:
+        return self._node("push_consumer.js", "push-node", {"name": name} | options)
+
+    def java_push(self, name: str, **options: object) -> Peer:
+        return self._java("interop.PushConsumer", "push-java", {"name": name} | options)
+
+    def python_push(self, name: str, **options: object) -> Peer:
+        script = str(setup.PEERS / "python" / "push_consumer.py")
+        command = [sys.executable, script, *pairs({"name": name} | options)]
+        return self._start("push-python", command, PYTHONPATH=str(ROOT))
+
     # fastmesh
+
+    def broker(self, name: str, port: int) -> Peer:
+        """An embedded broker that redelivers and checks soon."""
+        options = {
+            "--listen": f"127.0.0.1:{port}",
+            "--admin": f"127.0.0.1:{free_port()}",
+            "--data": str(self.folder / name),
+            "--name": name,
+            "--redeliver": "100ms",
+            "--check-after": "300ms",
+            "--check-every": "300ms",
+        }
+        words = [word for pair in options.items() for word in pair]
+        command = [sys.executable, "-m", "fastmesh", "broker", *words]
+        peer = self._start("broker", command, PYTHONPATH=str(ROOT))
+
+        def check() -> bool:
+            assert peer.process.poll() is None, f"the broker ended early: {peer.told()}"
+            return listening(port)
+
+        eventually(f"broker {name} listens", check, START_S)
+        return peer
 
     def mesh(self, config: dict[str, Any]) -> Mesh:
         mesh = Mesh(self.folder, config)
@@ -248,7 +314,7 @@ class Fleet:
         return mesh
 
 
-def pairs(options: dict[str, object]) -> list[str]:
+def pairs(options: Mapping[str, object]) -> list[str]:
     return [f"{key}={value}" for key, value in options.items()]
 
 
