@@ -208,9 +208,7 @@ class Mesh:
                 sys.executable,
                 "-m",
                 "fastmesh",
-                "run",
-                "-c",
-                str(self.path),
+                *self.arguments(),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -230,6 +228,9 @@ class Mesh:
             await self.kill()
             raise
         self.fds_at_start = self.fds()
+
+    def arguments(self) -> list[str]:
+        return ["run", "-c", str(self.path)]
 
     def write_config(self) -> None:
         self.path.write_text(yaml.safe_dump(self.config, sort_keys=False))
@@ -364,7 +365,11 @@ class Mesh:
             found[-1].check_ledger()
             return found[-1].in_flight == count
 
-        await until(reached, f"{count} in flight", within_s=within_s, every_s=0.02)
+        try:
+            await until(reached, f"{count} in flight", within_s=within_s, every_s=0.02)
+        except AssertionError as error:
+            left = (await self.get("/v1/connections")).body.decode()
+            raise AssertionError(f"{error}; connections: {left}") from None
         return found[-1]
 
     # --- judging it ------------------------------------------------------------------------------

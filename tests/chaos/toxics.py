@@ -30,6 +30,8 @@ class Toxics:
     limit_bytes: int = -1
     """After so many bytes of a connection it is closed; with `limit_resets`, reset."""
     limit_resets: bool = False
+    cut_bytes: int = -1
+    """Of what comes next so many bytes pass, and the connection is closed (reset) as above."""
     blackhole: bool = False
     """Bytes vanish, the connection stays: a peer that disappeared without a FIN."""
 
@@ -80,6 +82,10 @@ class _Pipe:
 
     async def _send(self, data: bytes) -> bool:
         toxics = self.toxics
+        if toxics.cut_bytes >= 0:
+            await self._write(data[: toxics.cut_bytes])
+            self.books.cut += 1
+            return False
         piece_bytes = toxics.slice_bytes or len(data)
         if toxics.bytes_per_s:
             # A tenth of a second's worth at a time, or a slow line would move in bursts.
@@ -157,6 +163,15 @@ class ToxicProxy:
             reset(link.up.transport)
         return len(links)
 
+    def half_close_all(self, *, up: bool) -> int:
+        """FIN to the target (`up`) or to the client of every connection; the other direction goes
+        on. Returns how many that were."""
+        open_links = [link for link in self.links if not link.half_closed]
+        for link in open_links:
+            link.half_closed = True
+            (link.up if up else link.down).write_eof()
+        return len(open_links)
+
     async def _accepted(
         self, down_reader: asyncio.StreamReader, down: asyncio.StreamWriter
     ) -> None:
@@ -183,8 +198,8 @@ class ToxicProxy:
     async def _run(self, pipe: _Pipe, link: _Link) -> None:
         try:
             ended = await pipe.run()
-        except (ConnectionError, OSError):
-            ended = False
+        except (ConnectionError, OSError, RuntimeError):
+            ended = False  # (RuntimeError: what the loop says of bytes after our own FIN)
         if link not in self.links:
             return
         if not ended:
