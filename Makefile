@@ -21,6 +21,14 @@ ONLY ?=
 
 export FASTMESH_TESTS := 1
 
+# The checkout, as seen from the environment inside it: `$(PY) examples/...` finds the package from
+# whatever folder it is called.
+define FOUND_FROM_ANYWHERE
+import pathlib, sysconfig
+pathlib.Path(sysconfig.get_path("purelib"), "fastmesh-checkout.pth").write_text("../../../..\n")
+endef
+export FOUND_FROM_ANYWHERE
+
 .PHONY: help
 help: ## print this
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -35,13 +43,14 @@ $(VENV)/.installed: requirements-dev.txt constraints.txt
 $(CACHE)/built: $(VENV)/.installed setup.py $(SOURCES)
 	@mkdir -p $(CACHE)
 	$(PY) setup.py -q build_ext --inplace $(if $(filter setup.py,$?),--force)
+	@echo "$$FOUND_FROM_ANYWHERE" | $(PY) -
 	@touch $@
 
 .PHONY: build
 build: $(CACHE)/built ## compile the fast path in place
 
 .PHONY: demo
-demo: build ## an embedded service, fastmesh in front, some seconds of load, a live table, the ledger
+demo: build ## a broker, two nodes, a weight that moves half-way, a live table, the ledger
 	$(PY) -m fastmesh demo
 
 .PHONY: test
@@ -77,6 +86,7 @@ sim: build ## seeded runs of the oracle and the state machines (SEED=n repeats o
 bench: build ## every contender side by side (ROUNDS=5 ONLY=c64)
 	-$(PY) -m perf.setup
 	$(PY) -m perf.run --rounds $(ROUNDS) $(if $(ONLY),--only $(ONLY))
+	$(if $(ONLY),,$(PY) -m perf.deliver --rounds $(ROUNDS))
 
 .PHONY: perf-gate
 perf-gate: build ## the figures that must not get worse

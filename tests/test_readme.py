@@ -18,13 +18,17 @@ def fenced(language: str) -> list[str]:
 
 
 def test_configuration_works_as_it_stands(tmp_path: Path) -> None:
-    (text,) = fenced("yaml")
+    text, mesh = fenced("yaml")
     path = tmp_path / "mesh.yaml"
     path.write_text(text)
     found = config.load(path)
     assert [c.name for c in found.clusters] == ["orders", "others"]
     assert found.limits.request_timeout_ms == 3000
     assert found.state_dir == str(tmp_path / "run/node-1"), "relative paths start at the file"
+    path.write_text(mesh)
+    found = config.load(path)
+    assert found.push is not None
+    assert [b.name for b in found.push.brokers] == ["b1"]
 
 
 def test_commands_are_targets() -> None:
@@ -34,7 +38,9 @@ def test_commands_are_targets() -> None:
     assert used <= targets
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/quickstart.md"]
+)
 def test_linked_files_exist(document: str) -> None:
     path = ROOT / document
     links = re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", path.read_text())

@@ -130,7 +130,7 @@ def test_installed_command_works(binaries: Path, tmp_path: Path) -> None:
     assert "site-packages" in where, "the checkout must not be what is tested here"
 
 
-def test_installed_demo_carries_frames(binaries: Path, tmp_path: Path) -> None:
+def test_installed_demo_carries_messages(binaries: Path, tmp_path: Path) -> None:
     """The whole of it, from the installed package, without the optional packages."""
     run(binaries / "fastmesh", "demo", cwd=tmp_path, seconds=60)
 
