@@ -478,8 +478,10 @@ def test_a_broker_that_says_goaway_gets_nothing_new(node: Node) -> None:
                 )
                 assert second.headers["fm.broker"] == "b2"
                 version = node.mesh.compiled.version
+                links = len(one.links)
                 await one.link.close()
                 await until(lambda: node.mesh.engine.in_force() > version)
+                await until(lambda: len(one.links) > links)
                 await until(lambda: one.groups() == {"g1": 32})
                 assert min(await publish(100)) > 0
                 await producer.close()
