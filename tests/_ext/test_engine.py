@@ -1102,7 +1102,10 @@ class TestStopping:
             for asker in askers:
                 asker.start()
             for i in range(100):
+                # However slow the machine is, each snapshot sees traffic before the next one comes.
+                answered = len(statuses)
                 bed.publish(endpoints=[i % 2, (i + 1) % 2] if i % 3 else [0, 1])
+                eventually(lambda answered=answered: len(statuses) > answered + 1)
             stop.set()
             for asker in askers:
                 asker.join(5)
