@@ -138,6 +138,8 @@ def test_push_reports_the_pushes() -> None:
     )
     assert service.stdout is not None
     address = service.stdout.readline().split()[-1]
+    # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     load = subprocess.Popen([*BENCH, address, "--duration", "30", "--json"], stdout=-1, cwd=ROOT)
     try:
         # Two more looks at the service tell that pushes flow; then it stops first, as a broker

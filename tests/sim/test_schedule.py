@@ -152,6 +152,7 @@ class StartsAnew(Mistaken):
 )
 def test_the_score_sees_planted_mistakes(policy: type[Mistaken], scenario: str, part: str) -> None:
     (spec,) = (spec for spec in SPECS if spec.name == scenario)
-    for number in seeds(1):
-        score = run(spec, number, policy)
-        assert getattr(score, part) < spec.score_min - 5, f"make sim SEED={number}"
+    # In some draws of weights a mistake makes no difference (nobody forwards where all have 100):
+    # not in ten of them.
+    scores = (getattr(run(spec, number, policy), part) for number in seeds(10))
+    assert any(score < spec.score_min - 5 for score in scores)
