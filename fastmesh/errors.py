@@ -82,8 +82,38 @@ class EngineError(FastmeshError):
     """The data plane did not answer in time."""
 
 
+class HandoverError(FastmeshError):
+    """A hand-over between two processes cannot go on: what the other one sent cannot be used, or
+    what is here cannot be given."""
+
+    def __init__(self, field: str, value: object = None, message: str = "") -> None:
+        self.field = field
+        """Where: `CONNS.count`; or, alone, all there is to say."""
+        self.value = value
+        """What stands there, short and printable; None when something is missing."""
+        self.message = message
+        """What would be right."""
+        said = "" if value is None else f" ({value})"
+        super().__init__(f"hand-over: {field}{said} {message}".rstrip())
+
+
+class HandoverRefusedError(FastmeshError):
+    """The process that serves did not hand over; it serves on."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        self.code = code
+        self.reason = reason
+        super().__init__(f"no hand-over ({code}): {reason}")
+
+
 class RemoteProtocolError(FastmeshError):
     """A peer said something that its protocol does not allow."""
+
+
+class NotSafeError(FastmeshError):
+    """A drain has not come to its end in time: a stop now would cut something off."""
+
+    exit_code = EXIT_BUSY
 
 
 class UnavailableError(FastmeshError):

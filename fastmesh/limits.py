@@ -138,6 +138,24 @@ CONFIGURABLE: dict[str, Bound] = {
         "grace for what is in flight after SIGTERM; the rest is answered explicitly",
         "Kubernetes grants 30 s in all; MOSN 3 s",
     ),
+    "drain_suspend_ms": Bound(
+        0,
+        0,
+        HOUR_MS // 2,
+        "ms",
+        "of stop_timeout_ms: until brokers have answered that they push nothing more;"
+        " 0 = a fifth of it, at most 3 s",
+        "a broker answers within a turn",
+    ),
+    "drain_answers_ms": Bound(
+        0,
+        0,
+        HOUR_MS // 2,
+        "ms",
+        "of stop_timeout_ms: until the deliveries in flight are answered; 0 = three fifths of it;"
+        " what is left of stop_timeout_ms is for clients to go",
+        "Kubernetes grants 30 s in all",
+    ),
     "backoff_ms": Bound(
         50, 1, MINUTE_MS, "ms", "first delay before reconnecting, doubled up to ...", "gRPC 1 s"
     ),
@@ -193,6 +211,15 @@ CONFIGURABLE: dict[str, Bound] = {
         "Envoy num_retries 1",
     ),
 }
+
+
+def drain_times(stop_ms: int, suspend_ms: int, answers_ms: int) -> tuple[int, int, int]:
+    """Milliseconds for the three steps of a drain (fastmesh.handover.drain), which are `stop_ms`
+    together; 0 asks for the usual share. What does not fit is cut."""
+    suspend = min(suspend_ms or min(stop_ms // 5, CONTROL_TIMEOUT_MS), stop_ms)
+    answers = min(answers_ms or stop_ms * 3 // 5, stop_ms - suspend)
+    return suspend, answers, stop_ms - suspend - answers
+
 
 # --- configuration ------------------------------------------------------------------------------
 CONFIG_BYTES_MAX = MIB
@@ -263,6 +290,19 @@ STOP_JOIN_MS = 5000
 MAIN_THREAD_NICE = 5
 """Nice value of the Python thread. In the trial it halved the p99 of the data plane under load."""
 
+# --- drain ----------------------------------------------------------------------------------------
+DRAIN_QUIET_S = 0.1
+"""Without a new push, and with none in flight, until pushes count as over: what was on the wire
+when a broker or peer was told. A round trip between data centres is less."""
+DRAIN_LOOK_S = 0.02
+"""Between two looks at what is left ..."""
+DRAIN_YOUNG_S = 2.0
+"""... and after this long in a step ..."""
+DRAIN_LOOK_LATER_S = 0.1
+"""... this: a drain that is held for an hour costs next to nothing."""
+DRAIN_GROUPS_SHOWN = 32
+"""Groups named in the status of a drain and in its log, those with most pushes first."""
+
 # --- admin ----------------------------------------------------------------------------------------
 ADMIN_HEAD_BYTES_MAX = 16 * 1024
 """Bytes of a request head. h11 and IIS 16 KiB, Tomcat 8 KiB."""
@@ -282,6 +322,8 @@ ADMIN_FAILURES_PER_S = 5
 """Wrong tokens a second (all peers together) after which every try is refused unread."""
 ADMIN_CONNECTIONS_SHOWN_MAX = 1000
 """Connections listed by /v1/connections; the rest is a number."""
+HTTP_FRESH_GRACE_S = 0.1
+"""For a connection that was accepted just before accepting stopped to say what it came for."""
 STATUS_SAMPLES_MAX = 1024
 """Sampled requests kept for /v1/samples."""
 
@@ -391,6 +433,65 @@ HOP_BUCKETS_S = (
     10.0,
 )
 """Seconds; bounds of fastmesh_hop_seconds: 1, 2, 5 from 0.1 ms to 10 s."""
+
+# --- hand-over (docs/handover.md) -----------------------------------------------------------------
+HANDOVER_HELLO_MS = 2000
+"""A connection to handover.sock that says nothing; one that cannot be written to."""
+HANDOVER_ANSWER_MS = 3000
+"""Until ACK, and each of LISTENERS and PROCESS, is here: longer than the giver waits for HELLO."""
+HANDOVER_PREPARE_MS = 5000
+"""To bind and compile. The giver serves on, but takes no reload and no registration meanwhile;
+names take up to RESOLVE_TIMEOUT_S. tableflip waits 60 s, but for the whole start."""
+HANDOVER_FROZEN_MS = 500
+"""Nothing is read or written from the freeze to COMMIT or the thaw; 50 ms is the aim at 10 000
+connections. Below every client's deadline (SOFA RPC 3000 ms) and most probes (1 s)."""
+HANDOVER_STATE_MS = 2000
+"""The taker's patience between PREPARED and END: four times what the giver allows itself."""
+HANDOVER_LOAD_MS = 2000
+"""To verify and load; the giver loses patience first, unless it is dead or stopped."""
+HANDOVER_COMMIT_MS = 2000
+"""After READY until the taker fences a silent giver. Clearly after HANDOVER_FROZEN_MS: were the two
+to cross, each would kill the other."""
+HANDOVER_DEATH_MS = 1000
+"""Until a process that closed its end, or was killed, is seen dead by its pidfd."""
+HANDOVER_SUSPEND_MS = 5000
+"""Mode drain: until every broker was told to push nothing more, or is known to be gone."""
+HANDOVER_SETTLE_MS = 30_000
+"""Mode drain: until pushes in flight are answered. RocketMQ gives a consumer 15 min, AMQP brokers
+30 min; what is late comes again to the successor."""
+HANDOVER_HANDED_MS = 60_000
+"""Mode drain: the taker's patience between PREPARED and HANDED, above the sum of the two."""
+HANDOVER_ANSWERS_S = 0.5
+"""For answers of the admin and registration interface that are under way when their doors close.
+Serving goes on meanwhile; the taker waits HANDOVER_ANSWER_MS."""
+HANDOVER_LAST_ANSWER_S = 3.0
+"""For the answer to whoever asked for the upgrade: the successor reports when it serves."""
+HANDOVER_REPORT_S = 60.0
+"""Until a successor has reported; the deadlines of all steps together are below 20 s."""
+HANDOVER_CONVERSATIONS_MAX = 8
+"""Connections to handover.sock at a time: one hand-over, and a few that are refused."""
+HANDOVER_RECORD_BYTES_MAX = 60 * 1024
+"""Bytes of a record. SOCK_SEQPACKET sends it whole or fails; it fails at about 200 KiB."""
+HANDOVER_RECORD_FDS_MAX = 240
+"""Descriptors of a record. The kernel refuses 254 (SCM_MAX_FD 253)."""
+HANDOVER_ACK_RECORDS = 4
+"""CONNS that may be unanswered: descriptors in flight count against the sender's limit, which may
+be 1024 (ETOOMANYREFS)."""
+HANDOVER_LISTENERS_MAX = LISTENERS_MAX + 8
+"""Listening sockets of a hand-over: the configured ones, admin, registration, the forward service,
+and some that a later version may have."""
+HANDOVER_REASON_CHARS_MAX = 1024
+"""Characters of the reason in REFUSE and ABORT: some problems of a configuration, for people."""
+HANDOVER_STATE_VERSION_MAX = 65535
+"""Of the state's format: 16 bits in the blob."""
+HANDOVER_CONNECTIONS_MAX = 2_000_000
+"""Connections of a hand-over: downstream and upstream of the largest configuration."""
+HANDOVER_STATE_BYTES_MAX = 1024 * GIB
+"""Bytes of one engine thread's state: the largest `memory_bytes_max`. Only compared with the size
+of a memfd, nothing is allocated for it."""
+HANDOVER_PROCESS_BYTES_MAX = 256 * MIB
+"""Bytes of the process document: 16 MiB of registrations, names and rows of the largest snapshot,
+several times over."""
 
 # --- embedded broker ------------------------------------------------------------------------------
 BROKER_STORE_BYTES_MAX = 16 * GIB
@@ -548,3 +649,16 @@ CLIENT_DECISIONS_MAX = 10_000
 """Transactions whose fate is remembered for a check that comes after it was told."""
 CLIENT_FRAME_OVERHEAD_BYTES = 65536
 """What a frame may carry besides its content: 32767 bytes of class, 32767 of headers, 28 fixed."""
+# --- hand-over ------------------------------------------------------------------------------------
+HANDOVER_DOCUMENT_BYTES_MAX = 256 * MIB
+"""Bytes of the process document: all registrations are 16 MiB, a million sessions 100 MiB."""
+HANDOVER_HOLD_S = REGISTRATION_SAVE_TIMEOUT_S + 1.0
+"""For what is under way (saves, looks at files) to end before anything is handed over: a save that
+takes longer counts as one that never ends."""
+SAVED_MS_MAX = 40 * DAY_MS
+"""Longest time in a document; the longest lease is a day, what is later is not waited for."""
+SAVED_TEXT_CHARS_MAX = 65536
+"""Characters of one text in a document: names have 127; a rule that is named after what it matches
+has less than two header sections."""
+SAVED_NAMES_MAX = 1_000_000
+"""Names of one kind in a document, and sessions: as many as connections may be configured."""

@@ -3,7 +3,7 @@
 import pytest
 
 from fastmesh._ext import bolt
-from tests.fuzz import fuzz_bolt, fuzz_push, fuzz_toy, run
+from tests.fuzz import fuzz_bolt, fuzz_handover, fuzz_push, fuzz_toy, run
 from tests.fuzz.mutate import corpus
 from tests.support import cut, feed_three_ways, truncate_everywhere
 from tests.toy import toy
@@ -11,6 +11,7 @@ from tests.toy import toy
 BOLT = corpus("bolt")
 PUSH = corpus("push")
 TOY = corpus("toy")
+HANDOVER = corpus("handover")
 
 # What the files whose names begin so must come to: the corpus may grow, but not change sides.
 BOLT_OUTCOMES = {
@@ -87,6 +88,14 @@ def test_toy_input(name: str) -> None:
         fuzz_toy.check(TOY[name][:size])
 
 
+@pytest.mark.parametrize("name", HANDOVER)
+def test_handover_input(name: str) -> None:
+    outcome = fuzz_handover.check(HANDOVER[name])
+    assert (outcome == "error") == name.startswith("error_")
+    for size in range(len(HANDOVER[name])):
+        fuzz_handover.check(HANDOVER[name][:size])
+
+
 def test_bolt_frames_truncated_and_in_pieces() -> None:
     whole = [data for data in BOLT.values() if bolt.scan(data).outcome == "ok"]
     assert len(whole) > 20
@@ -113,6 +122,7 @@ def test_toy_frames_truncated_and_in_pieces() -> None:
         ("bolt", fuzz_bolt.TestOneInput),
         ("push", fuzz_push.TestOneInput),
         ("toy", fuzz_toy.TestOneInput),
+        ("handover", fuzz_handover.TestOneInput),
     ],
 )
 def test_the_fuzz_command_runs(protocol: str, target: object) -> None:
