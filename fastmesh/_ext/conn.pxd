@@ -51,12 +51,21 @@ cdef inline Conn* conn_of(World* w, uint64_t handle) noexcept nogil:
 cdef inline uint64_t conn_handle(const Conn* c) noexcept nogil:
     return (<uint64_t>c.generation << 32) | c.index
 
+# Handles of another process, for a world that has none but its own first one: room for 0 .. high - 1
+# with these generations (-1 = no memory), then the connections under their handles, then what nobody
+# has is free.
+cdef int conns_restore(World* w, const uint32_t* generations, uint32_t high) noexcept nogil
+cdef Conn* conn_put(World* w, uint32_t index, int fd, int role) noexcept nogil
+cdef void conns_restored(World* w) noexcept nogil
 cdef void conn_doom(World* w, Conn* c, int reason, int error) noexcept nogil
 cdef void conn_free(World* w, Conn* c) noexcept nogil
-# makes epoll watch for exactly these events; 0, or -1 (errno set)
+# makes epoll watch for exactly these events; 0, or -1 (errno set). In a frozen world: nothing.
 cdef int conn_arm(World* w, Conn* c, uint32_t events) noexcept nogil
 # it was not read (or written) to the end: epoll reports it once more if it is still ready
 cdef void conn_look_again(World* w, Conn* c) noexcept nogil
+# All of them out of epoll; each into it again, for whatever it should be watched for.
+cdef void conns_freeze(World* w) noexcept nogil
+cdef void conn_thaw(World* w, Conn* c) noexcept nogil
 cdef void conn_hold(World* w, Conn* c, int why) noexcept nogil        # stop reading ...
 # ... and read on when no reason is left
 cdef void conn_release(World* w, Conn* c, int why) noexcept nogil

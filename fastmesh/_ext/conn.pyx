@@ -49,6 +49,7 @@ from .world cimport (
     IOVECS,
     ROLE_DOWNSTREAM,
     ROLE_UPSTREAM,
+    ROLE_WAKE,
     STAGE_BYTES,
     TIMER_CONN,
     Conn,
@@ -81,15 +82,16 @@ cdef extern from "<sys/socket.h>" nogil:
         size_t msg_controllen
         int msg_flags
     int c_shutdown "shutdown"(int fd, int how)
+    int MSG_DONTWAIT
     int MSG_NOSIGNAL
     int SHUT_WR
 
 # The C library's own wrappers are points where a thread may be cancelled, and pay for it in every
 # call; nobody cancels ours. Each returns >= 0 or -errno.
 cdef extern from "syscalls.h" nogil:
-    int64_t sys_recv(int fd, void* buf, size_t n)
+    int64_t sys_recv(int fd, void* buf, size_t n, int flags)
     int64_t sys_send(int fd, const void* buf, size_t n, int flags)
-    int64_t sys_recvmsg(int fd, msghdr* msg)
+    int64_t sys_recvmsg(int fd, msghdr* msg, int flags)
     int64_t sys_sendmsg(int fd, const msghdr* msg, int flags)
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -98,6 +100,8 @@ cdef extern from "<sys/epoll.h>" nogil:
     struct epoll_event:
         uint32_t events
         epoll_data_t data
+    int epoll_create1(int flags)
+    int EPOLL_CLOEXEC
     int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
     int EPOLL_CTL_ADD
     int EPOLL_CTL_DEL
@@ -202,7 +206,7 @@ cdef uint32_t world_random(World* w) noexcept nogil:
 
 cdef int event_push(World* w, uint32_t kind, uint64_t a, uint64_t b, uint64_t c,
                     const void* data, uint32_t size) noexcept nogil:
-    if ring_push(&w.events, kind, a, b, c, data, size) != 0:
+    if w.released or ring_push(&w.events, kind, a, b, c, data, size) != 0:
         return -1
     w.notify_due = 1
     return 0
@@ -304,21 +308,8 @@ cdef int grow_conns(World* w) noexcept nogil:
     return 0
 
 
-cdef Conn* conn_new(World* w, int fd, int role) noexcept nogil:
-    cdef Conn* c
-    cdef uint32_t index
-    if w.free_count == 0 and w.conns_high == w.conns_room and grow_conns(w) != 0:
-        return NULL
-    c = <Conn*>mem_take(w, sizeof(Conn))
-    if c == NULL:
-        return NULL
+cdef Conn* conn_at(World* w, Conn* c, uint32_t index, int fd, int role) noexcept nogil:
     memset(c, 0, sizeof(Conn))
-    if w.free_count:
-        w.free_count -= 1
-        index = w.free_indices[w.free_count]
-    else:
-        index = w.conns_high
-        w.conns_high += 1
     w.generations[index] += 1
     if w.generations[index] == 0:
         w.generations[index] = 1
@@ -332,6 +323,52 @@ cdef Conn* conn_new(World* w, int fd, int role) noexcept nogil:
     c.timer.owner = c
     c.timer.kind = TIMER_CONN
     return c
+
+
+cdef Conn* conn_new(World* w, int fd, int role) noexcept nogil:
+    cdef Conn* c
+    cdef uint32_t index
+    if w.free_count == 0 and w.conns_high == w.conns_room and grow_conns(w) != 0:
+        return NULL
+    c = <Conn*>mem_take(w, sizeof(Conn))
+    if c == NULL:
+        return NULL
+    if w.free_count:
+        w.free_count -= 1
+        index = w.free_indices[w.free_count]
+    else:
+        index = w.conns_high
+        w.conns_high += 1
+    return conn_at(w, c, index, fd, role)
+
+
+cdef int conns_restore(World* w, const uint32_t* generations, uint32_t high) noexcept nogil:
+    cdef uint32_t i
+    while w.conns_room < high:
+        if grow_conns(w) != 0:
+            return -1
+    for i in range(w.conns_high, high):
+        w.generations[i] = generations[i]
+    w.conns_high = high
+    return 0
+
+
+cdef void conns_restored(World* w) noexcept nogil:
+    cdef uint32_t i
+    w.free_count = 0
+    # from the last to the first, so that the lowest is the first to go
+    for i in range(w.conns_high - 1, 0, -1):
+        if w.conns[i] == NULL:
+            w.free_indices[w.free_count] = i
+            w.free_count += 1
+
+
+cdef Conn* conn_put(World* w, uint32_t index, int fd, int role) noexcept nogil:
+    cdef Conn* c = <Conn*>mem_take(w, sizeof(Conn))
+    if c == NULL:
+        return NULL
+    w.generations[index] -= 1       # conn_at() moves on to what it was
+    return conn_at(w, c, index, fd, role)
 
 
 cdef int conn_arm(World* w, Conn* c, uint32_t events) noexcept nogil:
@@ -350,6 +387,8 @@ cdef int conn_arm(World* w, Conn* c, uint32_t events) noexcept nogil:
             # where a recv may be short and yet not the last: the end of the stream, an urgent byte
             ev.events |= EPOLLRDHUP | EPOLLPRI
     ev.data.u64 = conn_handle(c)
+    if w.frozen:
+        return 0
     # `armed` keeps a bit of its own for "registered", because a held connection is registered for
     # nothing
     op = EPOLL_CTL_MOD if c.armed != 0 else EPOLL_CTL_ADD
@@ -382,6 +421,45 @@ cdef void rearm(World* w, Conn* c) noexcept nogil:
 cdef void conn_look_again(World* w, Conn* c) noexcept nogil:
     c.armed = REGISTERED     # whatever is watched: it is said anew
     rearm(w, c)
+
+
+cdef bint watch_anew(World* w) noexcept nogil:
+    """Another epoll instance, which watches nothing but the wake-up. Nobody waits on the old one any
+    more; closing it takes everything out at once, and can wait until the pause is over. False = no
+    descriptor for it."""
+    cdef int epfd = epoll_create1(EPOLL_CLOEXEC)
+    cdef epoll_event ev
+    if epfd < 0:
+        return False
+    ev.events = EPOLLIN
+    ev.data.u64 = conn_handle(w.conns[0])       # the world's first: see world_start()
+    if epoll_ctl(epfd, EPOLL_CTL_ADD, w.wake_fd, &ev) != 0:
+        close(epfd)
+        return False
+    w.left_epfd = w.epfd
+    w.epfd = epfd
+    return True
+
+
+cdef void conns_freeze(World* w) noexcept nogil:
+    cdef epoll_event ev
+    cdef Conn* c
+    cdef uint32_t i
+    cdef bint out = watch_anew(w)
+    for i in range(w.conns_high):
+        c = w.conns[i]
+        if c != NULL and c.role != ROLE_WAKE:
+            if c.armed and not out:
+                epoll_ctl(w.epfd, EPOLL_CTL_DEL, c.fd, &ev)
+            c.armed = 0
+
+
+cdef void conn_thaw(World* w, Conn* c) noexcept nogil:
+    c.armed = 0
+    rearm(w, c)
+    # What was queued meanwhile leaves, and whoever only waited for its last answers may go.
+    if c.head != NULL or c.hold & (HOLD_EOF | HOLD_SLOW_READER):
+        conn_dirty(w, c)
 
 
 cdef void conn_hold(World* w, Conn* c, int why) noexcept nogil:
@@ -747,6 +825,9 @@ cdef int flush_one(World* w, Conn* c) noexcept nogil:
     cdef uint64_t cap
     if c.state == CONN_DOOMED:
         return 0
+    if unlikely(w.frozen != 0):
+        spill(w, c)
+        return 0
     if c.state != CONN_CONNECTING and not c.blocked and (c.kind != KIND_BROKER or c.greeted):
         while True:
             total = gather(w, c, iov, &count)
@@ -820,25 +901,27 @@ cdef void flush_all(World* w) noexcept nogil:
 
 
 # === the four functions of a plain socket =========================================================
+# They never wait, whatever O_NONBLOCK says: every duplicate of a descriptor, in whatever process,
+# shares that flag.
 
 cdef int64_t socket_recv(Conn* c, iovec* iov, int count) noexcept nogil:
     cdef msghdr msg
     if count == 1:
-        return sys_recv(c.fd, iov[0].iov_base, iov[0].iov_len)
+        return sys_recv(c.fd, iov[0].iov_base, iov[0].iov_len, MSG_DONTWAIT)
     memset(&msg, 0, sizeof(msg))
     msg.msg_iov = iov
     msg.msg_iovlen = count
-    return sys_recvmsg(c.fd, &msg)
+    return sys_recvmsg(c.fd, &msg, MSG_DONTWAIT)
 
 
 cdef int64_t socket_send(Conn* c, iovec* iov, int count) noexcept nogil:
     cdef msghdr msg
     if count == 1:
-        return sys_send(c.fd, iov[0].iov_base, iov[0].iov_len, MSG_NOSIGNAL)
+        return sys_send(c.fd, iov[0].iov_base, iov[0].iov_len, MSG_NOSIGNAL | MSG_DONTWAIT)
     memset(&msg, 0, sizeof(msg))
     msg.msg_iov = iov
     msg.msg_iovlen = count
-    return sys_sendmsg(c.fd, &msg, MSG_NOSIGNAL)
+    return sys_sendmsg(c.fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT)
 
 
 cdef void socket_shutdown(Conn* c) noexcept nogil:

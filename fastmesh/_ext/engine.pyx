@@ -7,9 +7,11 @@ import threading
 from array import array
 from typing import NamedTuple
 
+from .handover import STATE_VERSION, STATE_VERSION_MIN, inspect  # no-cython-lint (the face of all of it is here)
+
 from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOMEM, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 
 from .bytes cimport memcmp, memset
 from .conn cimport (
@@ -40,6 +42,7 @@ from .counters cimport (
     CLOSED_BY_COMMAND,
     CLOSED_BY_PEER,
     CLOSED_MEMORY,
+    Counters,
     P_ACCEPT_PAUSES,
     P_CONNECTIONS,
     P_SPINS,
@@ -57,6 +60,17 @@ from .counters cimport (
     row_of,
 )
 from .frame cimport VIEW_PARTS
+from .handover cimport (
+    Load,
+    blob_close,
+    blob_open,
+    blob_verify,
+    handover_build,
+    saved_drop,
+    world_freeze,
+    world_save,
+    world_thaw,
+)
 from .groups cimport groups_join, groups_ready, groups_stop, groups_sync, groups_tell
 from .pool cimport (
     pool_conn_due,
@@ -85,19 +99,24 @@ from .world cimport (
     ACCEPTS_PER_TURN,
     AREA_BYTES,
     COMMAND_ABORT,
+    COMMAND_ACCEPT,
     COMMAND_CALL,
     COMMAND_CLOSE,
     COMMAND_DRAIN,
     COMMAND_DUMP,
     COMMAND_FAIL_ALLOC,
+    COMMAND_FREEZE,
     COMMAND_LISTEN,
     COMMAND_PEER_GROUPS,
     COMMAND_PUBLISH,
+    COMMAND_RELEASE,
     COMMAND_REPLY,
+    COMMAND_SAVE,
     COMMAND_SEND,
     COMMAND_STALL,
     COMMAND_STOP,
     COMMAND_SUBSCRIBE,
+    COMMAND_THAW,
     COMMAND_UNLISTEN,
     COMMAND_VERDICT,
     CONN_CONNECTING,
@@ -107,15 +126,21 @@ from .world cimport (
     EVENT_ACCEPT_PAUSED,
     EVENT_CLOSED,
     EVENT_DRAINED,
+    EVENT_FROZEN,
     EVENT_REFUSED,
+    EVENT_SAVED,
     EVENT_SNAPSHOT,
     EVENT_STOPPED,
+    EVENT_THAWED,
     EVENTS_PER_TURN,
     HOLD_CONTROL,
     HOLD_EOF,
     HOLD_SHORTAGE,
     HOME_THREAD,
     IDS,
+    OWED_FROZEN,
+    OWED_SAVED,
+    OWED_THAWED,
     PART_IN_AREA_BYTES,
     ROLE_DOWNSTREAM,
     ROLE_LISTENER,
@@ -175,9 +200,11 @@ cdef extern from "thread.h":
     void fm_nodelay(int fd) nogil
     void fm_plain_congestion_of_listener(int fd) nogil
     uint32_t fm_peer(int fd, uint8_t* room) nogil
+    int fm_writable(int fd) nogil
     uint64_t fm_enter_thread() nogil
     void fm_abort_thread(uint64_t thread) nogil
     void fm_nap_ms(uint64_t ms) nogil
+    void fm_no_hurry() noexcept nogil
 
 cdef extern from "atomics.h" nogil:
     void* exchange "fm_exchange"(void** p, void* v)
@@ -207,14 +234,14 @@ cdef enum:
 
 cdef int world_start(World* w, uint64_t ring_bytes) noexcept nogil:
     cdef Conn* wake
-    w.epfd = w.wake_fd = w.reserve_fd = -1
+    w.epfd = w.left_epfd = w.wake_fd = w.reserve_fd = w.saved.memfd = -1
     world_clock(w)
     wheel_start(&w.wheel, w.now_ms)
     w.counters = counters_new()
     w.area = <uint8_t*>malloc(AREA_BYTES)
     w.stage = <uint8_t*>malloc(STAGE_BYTES)
     w.buckets = <Bucket*>calloc(ROWS_MAX, sizeof(Bucket))
-    w.listener_of = <const ListenerRoutes**>calloc(IDS, sizeof(void*))
+    w.listener_of = <const ListenerRoutes**>calloc(IDS + 1, sizeof(void*))    # NO_LISTENER too
     w.cluster_of = <Cluster**>calloc(IDS, sizeof(void*))
     w.endpoint_of = <Endpoint**>calloc(IDS, sizeof(void*))
     w.group_of = <Group**>calloc(IDS, sizeof(void*))
@@ -251,6 +278,7 @@ cdef void world_free(World* w) noexcept nogil:
     free(w.endpoint_of)
     free(w.group_of)
     free(w.dump)
+    saved_drop(w)
     free(w.conns)
     free(w.generations)
     free(w.free_indices)
@@ -263,6 +291,8 @@ cdef void world_free(World* w) noexcept nogil:
     ring_stop(&w.inbox)
     if w.epfd >= 0:
         close(w.epfd)
+    if w.left_epfd >= 0:
+        close(w.left_epfd)
     if w.wake_fd >= 0:
         close(w.wake_fd)
     if w.reserve_fd >= 0:
@@ -452,6 +482,19 @@ cdef void drain_clients(World* w, bint all, uint32_t listener) noexcept nogil:
             conn_check_by(w, c, w.now_ms)
 
 
+cdef void accept_or_wait(World* w, bint accept) noexcept nogil:
+    """Connections that wait in a backlog are somebody else's to accept, or ours later."""
+    cdef uint32_t i
+    cdef Conn* c
+    for i in range(w.conns_high):
+        c = w.conns[i]
+        if c != NULL and c.role == ROLE_LISTENER and c.state != CONN_DOOMED:
+            if accept:
+                conn_release(w, c, HOLD_CONTROL)
+            else:
+                conn_hold(w, c, HOLD_CONTROL)
+
+
 cdef void make_dump(World* w) noexcept nogil:
     """A picture of the connections, in one block that whoever takes the pointer owns."""
     cdef uint32_t i
@@ -517,6 +560,44 @@ cdef void stop_world(World* w) noexcept nogil:
     event_push(w, EVENT_STOPPED, 0, 0, 0, NULL, 0)
 
 
+cdef void freeze(World* w, uint64_t number) noexcept nogil:
+    """What this turn holds leaves as it would at its end; then nothing moves any more. A connect
+    that is through, and only was not noticed, need not be done again."""
+    cdef uint32_t i
+    cdef Conn* c
+    for i in range(w.conns_high):
+        c = w.conns[i]
+        if c != NULL and c.role == ROLE_UPSTREAM and c.state == CONN_CONNECTING and fm_writable(c.fd):
+            pool_connected(w, c)
+    settle(w)
+    world_freeze(w, number)
+
+
+cdef void settle(World* w) noexcept nogil:
+    """Nobody is doomed, and nothing lies in the read area. (Spilling may doom somebody.)"""
+    while True:
+        relay_bury(w)
+        flush_all(w)
+        if w.doomed == NULL:
+            return
+
+
+cdef void release_world(World* w) noexcept nogil:
+    """What it holds is another process's now: it ends, and neither counts nor tells what ends with
+    it. (Frozen, it writes nothing.)"""
+    cdef Counters* counters = w.counters
+    cdef Counters* scratch = counters_new()
+    if scratch != NULL:
+        w.counters = scratch
+    w.released = 1
+    stop_world(w)
+    w.released = 0
+    w.counters = counters
+    if scratch != NULL:
+        counters_free(scratch)
+    event_push(w, EVENT_STOPPED, 0, 0, 0, NULL, 0)
+
+
 cdef void reply(World* w, Conn* c, const Record* r) noexcept nogil:
     """The answer to a control frame leaves, and what its sender sent behind it is read."""
     if c == NULL or c.kind == KIND_RELAY:
@@ -546,6 +627,8 @@ cdef void run_commands(World* w) noexcept nogil:
         elif r.kind == COMMAND_DRAIN:
             w.draining = 1
             drain_clients(w, True, 0)
+        elif r.kind == COMMAND_ACCEPT:
+            accept_or_wait(w, r.a != 0)
         elif r.kind == COMMAND_ABORT:
             relay_abort(w)
         elif r.kind == COMMAND_SEND:
@@ -586,17 +669,31 @@ cdef void run_commands(World* w) noexcept nogil:
             fm_nap_ms(r.a)
         elif r.kind == COMMAND_FAIL_ALLOC:
             w.budget.fail_at = r.a
+        elif r.kind == COMMAND_FREEZE:
+            freeze(w, r.a)
+        elif r.kind == COMMAND_SAVE:
+            w.saving = 1
+        elif r.kind == COMMAND_THAW:
+            if w.frozen:
+                world_thaw(w)
+        elif r.kind == COMMAND_RELEASE:
+            # Who took over arms its connections now, on this CPU perhaps: closing ours can wait.
+            fm_no_hurry()
+            release_world(w)
         elif r.kind == COMMAND_STOP:
             stop_world(w)
         ring_pop(&w.commands)
-    if w.ended:
-        return
-    while True:
-        r = ring_peek(&w.inbox)
-        if r == NULL:
-            break
+    if not w.ended:
+        take_accepted(w)
+
+
+cdef void take_accepted(World* w) noexcept nogil:
+    """What the first thread accepted for this one."""
+    cdef const Record* r = ring_peek(&w.inbox)
+    while r != NULL:
         adopt(w, <int>r.b, <uint32_t>r.a)
         ring_pop(&w.inbox)
+        r = ring_peek(&w.inbox)
 
 
 # === a turn =======================================================================================
@@ -679,7 +776,7 @@ cdef int wait_ready(World* w, epoll_event* events) noexcept nogil:
         sleep_ms = wheel_sleep_ms(&w.wheel, w.now_ms)
         if sleep_ms < 0 or sleep_ms > SLEEP_MS_MAX:
             sleep_ms = SLEEP_MS_MAX
-        if unlikely(w.untold != NULL or w.groups_changed) and sleep_ms > UNTOLD_LOOK_MS:
+        if unlikely(w.untold != NULL or w.groups_changed or w.owed) and sleep_ms > UNTOLD_LOOK_MS:
             sleep_ms = UNTOLD_LOOK_MS
     w.counters.p[P_WAITS] += 1
     if w.spin_ns and sleep_ms and w.gap_ns < 2 * w.spin_ns:
@@ -699,6 +796,49 @@ cdef int wait_ready(World* w, epoll_event* events) noexcept nogil:
     return epoll_wait(w.epfd, events, EVENTS_PER_TURN, <int>sleep_ms)
 
 
+cdef void tell_owed(World* w) noexcept nogil:
+    """Behind everything else that is to be told."""
+    if w.untold != NULL or w.groups_changed:
+        return
+    if w.owed & OWED_THAWED:
+        if event_push(w, EVENT_THAWED, w.thawed_ns, w.frozen_ns, 0, NULL, 0) != 0:
+            return
+        w.owed &= <uint8_t>~<int>OWED_THAWED
+    if w.owed & OWED_FROZEN:
+        if event_push(w, EVENT_FROZEN, w.frozen_ns, 0, 0, NULL, 0) != 0:
+            return
+        w.owed &= <uint8_t>~<int>OWED_FROZEN
+    if w.owed & OWED_SAVED:
+        if event_push(w, EVENT_SAVED, <uint64_t>w.saved.error, w.saved.bytes, 0, NULL, 0) != 0:
+            return
+        w.owed &= <uint8_t>~<int>OWED_SAVED
+
+
+cdef void frozen_turn(World* w, epoll_event* events) noexcept nogil:
+    """Commands were executed; what they queued goes to memory, what they owe is told."""
+    cdef uint64_t count
+    cdef int sleep_ms = SLEEP_MS_MAX
+    settle(w)
+    tell_main(w)
+    if w.saving and w.untold == NULL and not w.groups_changed and w.owed == 0:
+        w.saving = 0
+        take_accepted(w)        # every thread is frozen: nothing comes behind it
+        world_save(w)
+        store64(&w.saved_ready, 1)
+        w.owed |= OWED_SAVED
+        tell_main(w)
+    if ring_peek(&w.commands) != NULL:
+        sleep_ms = 0
+    elif w.saving or w.owed or w.untold != NULL or w.groups_changed:
+        sleep_ms = UNTOLD_LOOK_MS
+    store64(&w.awake, 0)
+    if epoll_wait(w.epfd, events, EVENTS_PER_TURN, sleep_ms) > 0:
+        read(w.wake_fd, &count, sizeof(count))      # nothing else is watched
+    world_clock(w)
+    store64(&w.turn, w.turn + 1)
+    store64(&w.awake, 1)
+
+
 cdef void tell_main(World* w) noexcept nogil:
     """What the main thread asked for or must know, before anything else may put this thread to sleep."""
     if w.draining == 1 and load32(&w.downstreams) == 0:
@@ -708,6 +848,8 @@ cdef void tell_main(World* w) noexcept nogil:
         notices_retry(w)
     if unlikely(w.groups_changed):
         groups_tell(w)
+    if unlikely(w.owed):
+        tell_owed(w)
     w.counters.p[P_STALLS] = load64(&w.stalls)
     counters_copy(w.counters)
     if w.notify_due:
@@ -720,6 +862,9 @@ cdef void turn(World* w, epoll_event* events) noexcept nogil:
     cdef uint64_t gap
     run_commands(w)
     if w.ended:
+        return
+    if unlikely(w.frozen != 0):
+        frozen_turn(w, events)
         return
     relay_resume(w)
     relay_bury(w)       # what it queued still lies in the area: it must go elsewhere before that is reused
@@ -736,7 +881,10 @@ cdef void turn(World* w, epoll_event* events) noexcept nogil:
             relay_bury(w)
             flush_all(w)
         on_ready(w, events[i].data.u64, events[i].events)
-    run_timers(w)
+    if likely(w.catching_up == 0):
+        run_timers(w)
+    else:
+        w.catching_up = w.catching_up - 1 if n == EVENTS_PER_TURN else 0
     relay_bury(w)
     if unlikely(w.budget.used * 100 >= w.budget.max * RELIEVE_PERCENT):
         relieve(w)
@@ -752,6 +900,8 @@ cdef void turn(World* w, epoll_event* events) noexcept nogil:
 cdef void world_run(World* w) noexcept nogil:
     cdef epoll_event[512] events
     store64(&w.pthread, fm_enter_thread())
+    if w.adopted:
+        world_thaw(w)
     while not w.ended:
         turn(w, events)
     store64(&w.awake, 0)
@@ -773,7 +923,7 @@ cdef void watch(World* worlds, uint32_t threads, uint64_t* go_on) noexcept nogil
         for i in range(threads):
             w = &worlds[i]
             turn = load64(&w.turn)
-            if load64(&w.awake) == 0 or turn != w.seen_turn:
+            if load64(&w.awake) == 0 or turn != w.seen_turn or load64(&w.frozen):
                 w.seen_turn = turn
                 w.stuck_ticks = 0
                 continue
@@ -788,6 +938,17 @@ cdef void watch(World* worlds, uint32_t threads, uint64_t* go_on) noexcept nogil
 
 # === what Python drives ===========================================================================
 
+class Saved(NamedTuple):
+    memfd: int
+    descriptors: array
+    downstream: int
+    upstream: int
+    requests: int
+    pushes: int
+    bytes: int
+    left: int
+
+
 class Event(NamedTuple):
     kind: str
     thread: int
@@ -800,7 +961,7 @@ class Event(NamedTuple):
 EVENT_KINDS = (
     "", "snapshot", "endpoint_up", "endpoint_down", "ejected", "restored", "closed", "refused",
     "accept_paused", "parked", "sample", "stall", "drained", "stopped",
-    "frame", "opened", "gone", "answer", "group",
+    "frame", "opened", "gone", "answer", "group", "frozen", "saved", "thawed",
 )
 STATES = ("connecting", "open", "draining", "closing")
 HOLDS = (
@@ -823,6 +984,28 @@ def address_text(raw: bytes) -> str:
     return f"unix:{name}" if name else "unix"
 
 
+cdef void each_once(const int* fds, size_t count) except *:
+    """What is there twice would be closed twice, and the second time it may be somebody else's. (What
+    is no socket ends as a broken connection does, and nothing waits on one that blocks.)"""
+    cdef size_t i
+    cdef int most = -1
+    cdef uint8_t* seen
+    for i in range(count):
+        if fds[i] < 0:
+            raise ValueError(f"descriptors[{i}]: {fds[i]} is none")
+        most = max(most, fds[i])
+    seen = <uint8_t*>calloc(1, <size_t>(most + 1) // 8 + 1)
+    if seen == NULL:
+        raise MemoryError
+    try:
+        for i in range(count):
+            if seen[fds[i] >> 3] & (1 << (fds[i] & 7)):
+                raise ValueError(f"descriptors[{i}]: {fds[i]} is there twice")
+            seen[fds[i] >> 3] |= <uint8_t>(1 << (fds[i] & 7))
+    finally:
+        free(seen)
+
+
 cdef bytes uint32s(object numbers):
     """As an array of the machine's own."""
     return array("I", numbers).tobytes()
@@ -839,6 +1022,13 @@ cdef class Engine:
     cdef list _snapshots
     cdef object _watchdog
     cdef bint _started, _stopped, _watch
+    # hand-over
+    cdef bint _adopted, _failed, _frozen, _saving, _released
+    cdef uint64_t _freezes
+    cdef uint32_t _loaded, _expected    # worlds of the process before
+    # descriptors that were given to load() and belong to no connection
+    cdef int* _unplaced
+    cdef size_t _unplaced_count
 
     def __cinit__(self, *, int threads=1, int spin_us=0, uint64_t memory_bytes_max=536870912, bint watchdog=True,
                   int first_generation=1, uint64_t seed=0, uint64_t ring_bytes=1048576):
@@ -863,7 +1053,9 @@ cdef class Engine:
             raise MemoryError
         self.count = threads
         for i in range(self.count):
-            self.worlds[i].epfd = self.worlds[i].wake_fd = self.worlds[i].reserve_fd = -1
+            self.worlds[i].epfd = self.worlds[i].left_epfd = -1
+            self.worlds[i].wake_fd = self.worlds[i].reserve_fd = -1
+            self.worlds[i].saved.memfd = -1
         self.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         if self.event_fd < 0:
             raise OSError(errno, os.strerror(errno))
@@ -886,6 +1078,7 @@ cdef class Engine:
             return
         if self._started and not self._stopped:
             return      # threads still run in this memory: leaking it is the only safe end
+        self._drop()
         for i in range(self.count):
             world_free(&self.worlds[i])
         free(self.worlds)
@@ -918,8 +1111,12 @@ cdef class Engine:
             watch(worlds, threads, go_on)
 
     def start(self, Snapshot snapshot not None):
+        self._take_first(snapshot)
+        self._begin()
+
+    cdef void _take_first(self, Snapshot snapshot) except *:
         cdef uint32_t i
-        if self._started:
+        if self._started or self._adopted:
             raise RuntimeError("the engine was started already")
         if snapshot.data == NULL:
             raise ValueError("snapshot: it is not sealed")
@@ -928,6 +1125,9 @@ cdef class Engine:
             take_snapshot(&self.worlds[i], snapshot.data)
             if self.worlds[i].snapshot == NULL:
                 raise MemoryError("memory_bytes_max: too little for the first snapshot")
+
+    cdef void _begin(self) except *:
+        cdef uint32_t i
         self._started = True
         for i in range(self.count):
             thread = threading.Thread(target=self._run, args=(i,), name=f"engine-{i}", daemon=True)
@@ -938,8 +1138,177 @@ cdef class Engine:
             self._watchdog = threading.Thread(target=self._watch_loop, name="engine-watchdog", daemon=True)
             self._watchdog.start()
 
+    # --- hand-over, the new side ---
+
+    def adopt(self, Snapshot snapshot not None):
+        cdef uint32_t i
+        for i in range(self.count):
+            if self.worlds[i].snapshot == NULL:
+                self.worlds[i].adopted = 1
+                self.worlds[i].frozen = ~(<uint64_t>0)
+        try:
+            self._take_first(snapshot)
+        except MemoryError:
+            self._adopted = self._failed = True
+            raise
+        self._adopted = True
+
+    cdef const int* _own(self, object descriptors) except? NULL:
+        """They are ours from here on, whatever comes of it."""
+        numbers = array("i", descriptors)
+        cdef size_t more = len(numbers)
+        cdef size_t i
+        cdef int* longer = <int*>realloc(self._unplaced, (self._unplaced_count + more + 1) * sizeof(int))
+        if longer == NULL:
+            for number in numbers:
+                close(number)
+            raise MemoryError("no memory for the descriptors")
+        self._unplaced = longer
+        for i in range(more):
+            longer[self._unplaced_count + i] = numbers[i]
+        self._unplaced_count += more
+        return longer + self._unplaced_count - more
+
+    def load(self, uint32_t thread, int memfd, descriptors not None):
+        cdef Load load
+        cdef const int* fds = self._own(descriptors)
+        cdef size_t given = self._unplaced + self._unplaced_count - fds
+        cdef int built
+        if not self._adopted or self._started or self._stopped or self._failed:
+            raise RuntimeError("load() comes after adopt(), before start_adopted(), and after no failed load()")
+        if thread != self._loaded:
+            raise RuntimeError(f"thread: {thread} is not next; worlds are loaded in order, and that is {self._loaded}")
+        memset(&load, 0, sizeof(load))
+        self._failed = True
+        try:
+            blob_open(&load, memfd)
+            blob_verify(&load)
+            if load.head.thread != thread or (self._expected and load.head.threads != self._expected):
+                raise ValueError(
+                    f"state: it is of thread {load.head.thread} of {load.head.threads}, "
+                    f"not of thread {thread} of {self._expected or load.head.threads}"
+                )
+            if load.head.descriptors != given:
+                raise ValueError(f"descriptors: {given} were given, the state has {load.head.descriptors}")
+            each_once(fds, given)
+            load.w = &self.worlds[thread % self.count]
+            load.merged = thread >= self.count
+            load.fds = fds
+            with nogil:
+                built = handover_build(&load)
+            if built != 0:
+                raise MemoryError(
+                    f"state of thread {thread}: it needs {load.tally.need} bytes beside the {load.w.budget.used} in "
+                    f"use; memory_bytes_max gives {load.w.budget.max} to each thread"
+                )
+        finally:
+            blob_close(&load)
+        self._failed = False
+        self._loaded += 1
+        self._expected = load.head.threads
+        self._unplaced_count -= given       # connections own them now
+
+    def start_adopted(self):
+        if not self._adopted or self._started or self._stopped:
+            raise RuntimeError("start_adopted() comes after adopt()")
+        if self._failed:
+            raise RuntimeError("a world could not be loaded: this engine can only be stopped")
+        if self._loaded < self._expected:
+            raise RuntimeError(f"{self._loaded} of {self._expected} worlds were loaded")
+        self._begin()
+
+    cdef void _drop(self) noexcept:
+        """Of an adopted engine that never ran: close and free everything, without a word."""
+        cdef uint32_t i
+        cdef size_t j
+        if self._adopted and not self._started:
+            for i in range(self.count):
+                if not self.worlds[i].ended:
+                    release_world(&self.worlds[i])
+        for j in range(self._unplaced_count):
+            close(self._unplaced[j])
+        self._unplaced_count = 0
+        free(self._unplaced)
+        self._unplaced = NULL
+
+    # --- hand-over, the old side ---
+
+    cdef void _insist(self, uint32_t kind, uint64_t a) except *:
+        """To every thread, even if one must first take what it was given before."""
+        cdef uint32_t i
+        cdef int looks
+        for i in range(self.count):
+            looks = 0
+            while True:
+                try:
+                    self.command(i, kind, a, 0, 0, b"")
+                    break
+                except BlockingIOError:
+                    looks += 1
+                    if looks == COPY_LOOKS:
+                        raise
+                with nogil:
+                    fm_nap_ms(1)
+
+    cdef void _moving(self) except *:
+        if self._frozen:
+            raise RuntimeError("the engine is frozen: thaw() it first")
+
+    def freeze(self):
+        if not self._started or self._stopped:
+            raise RuntimeError("the engine does not run")
+        self._moving()
+        self._frozen = True
+        self._freezes += 1
+        self._insist(COMMAND_FREEZE, self._freezes)
+
+    def save(self):
+        cdef uint32_t i
+        if not self._frozen or self._saving:
+            raise RuntimeError("save() comes once after freeze()")
+        for i in range(self.count):
+            if load64(&self.worlds[i].frozen) != self._freezes:
+                raise RuntimeError(f"thread {i} is not frozen yet: wait for its event")
+        self._saving = True
+        self._insist(COMMAND_SAVE, 0)
+
+    def saved(self, uint32_t thread):
+        cdef World* w
+        cdef uint32_t i
+        if thread >= self.count:
+            raise ValueError(f"thread: {thread} is not in 0..{self.count - 1}")
+        w = &self.worlds[thread]
+        if not self._saving or load64(&w.saved_ready) == 0:
+            raise RuntimeError(f"thread {thread} has not saved (yet): wait for its event")
+        if w.saved.error:
+            raise OSError(w.saved.error, os.strerror(w.saved.error))
+        if w.saved.memfd < 0:
+            raise RuntimeError(f"what thread {thread} saved was taken already")
+        found = array("i")
+        for i in range(w.saved.count):
+            found.append(w.saved.descriptors[i])
+        memfd = w.saved.memfd
+        w.saved.memfd = -1
+        return Saved(memfd, found, w.saved.downstream, w.saved.upstream, w.saved.requests, w.saved.pushes,
+                     w.saved.bytes, w.saved.left)
+
+    def thaw(self):
+        if not self._frozen or self._released:
+            raise RuntimeError("thaw() comes after freeze() and before release()")
+        self._frozen = self._saving = False
+        self._insist(COMMAND_THAW, 0)
+
+    def release(self):
+        if not self._frozen or self._released:
+            raise RuntimeError("release() comes once after freeze()")
+        self._released = True
+        self._insist(COMMAND_RELEASE, 0)
+
+    # ---
+
     def publish(self, Snapshot snapshot not None):
         cdef uint32_t i
+        self._moving()
         if snapshot.data == NULL:
             raise ValueError("snapshot: it is not sealed")
         newest = <Snapshot>self._snapshots[len(self._snapshots) - 1] if self._snapshots else None
@@ -965,6 +1334,7 @@ cdef class Engine:
         return oldest
 
     def listen(self, uint32_t listener_id, int fd):
+        self._moving()
         cdef int own = dup(fd)
         if own < 0:
             raise OSError(errno, os.strerror(errno))
@@ -976,12 +1346,19 @@ cdef class Engine:
             raise
 
     def unlisten(self, uint32_t listener_id):
+        self._moving()
         self._all(COMMAND_UNLISTEN, listener_id)
 
+    def accept(self, bint go_on):
+        self._moving()
+        self._all(COMMAND_ACCEPT, go_on)
+
     def drain(self):
+        self._moving()
         self._all(COMMAND_DRAIN, 0)
 
     def abort_in_flight(self):
+        self._moving()
         self._all(COMMAND_ABORT, 0)
 
     cdef void _all(self, uint32_t kind, uint64_t a) except *:
@@ -991,9 +1368,13 @@ cdef class Engine:
 
     def stop(self, int timeout_ms=5000):
         cdef bint ended = True
+        if self._adopted and not self._started:
+            self._drop()
+            self._stopped = True
         if not self._started or self._stopped:
             return True
-        self._all(COMMAND_STOP, 0)
+        if not self._released:
+            self._all(COMMAND_STOP, 0)
         for thread in self._threads:
             thread.join(timeout_ms / 1000)
             ended = ended and not thread.is_alive()
@@ -1151,4 +1532,11 @@ cdef class Engine:
 
     def _fail_alloc(self, uint64_t k, uint32_t thread=0):
         """Make the k-th allocation from now fail, as memory running out would."""
+        if self._adopted and not self._started:
+            self.worlds[thread % self.count].budget.fail_at = k
+            return
         self.command(thread, COMMAND_FAIL_ALLOC, k, 0, 0, b"")
+
+    def _memory(self, uint32_t thread=0):
+        """Bytes that a thread's buffers take; of one that does not run."""
+        return self.worlds[thread % self.count].budget.used

@@ -61,5 +61,17 @@ cdef void delivery_drop(World* w, Delivery* d) noexcept nogil
 # It will not be offered again: its memory need not wait for the slot.
 cdef void delivery_forget_copy(World* w, Slot* slot) noexcept nogil
 
+# Hand-over: a member as it was in another process, without what it has in flight; whoever restores
+# counts that, and then settles it: into the heap, or, where it is no member any more (no group, no
+# connection) and nothing is in flight, away. NULL = no memory.
+cdef Member* member_restore(World* w, Conn* c, Group* g, uint32_t prefetch, uint64_t turn) noexcept nogil
+cdef void member_settle(World* w, Member* m) noexcept nogil
+# Of a connection or group that will not be restored after all. Nothing is in flight for it.
+cdef void member_remove(World* w, Member* m) noexcept nogil
+# A key without what is in flight for it; `g` NULL = its group has ended. NULL = no memory.
+cdef Key* key_restore(World* w, Group* g, uint64_t hash, Member* member, uint32_t endpoint) noexcept nogil
+# Of no delivery any more.
+cdef void key_remove(World* w, Key* key) noexcept nogil
+
 # EVENT_GROUP of every group that changed
 cdef void groups_tell(World* w) noexcept nogil

@@ -491,20 +491,28 @@ cdef bint more_heads(World* w, Group* g) noexcept nogil:
     return True
 
 
+cdef Key* key_new(World* w, Group* g, uint64_t hash) noexcept nogil:
+    cdef Key* key
+    if g.keys_count >= g.keys_room and not more_heads(w, g) and g.keys_room == 0:
+        return NULL     # (with too few heads it still works, slower)
+    key = <Key*>mem_take(w, sizeof(Key))
+    if key == NULL:
+        return NULL
+    memset(key, 0, sizeof(Key))
+    key.hash = hash
+    key.group = g
+    key.next = g.keys[hash & (g.keys_room - 1)]
+    g.keys[hash & (g.keys_room - 1)] = key
+    g.keys_count += 1
+    return key
+
+
 cdef Key* key_take(World* w, Group* g, uint64_t hash, Member* member, uint32_t endpoint) noexcept nogil:
     cdef Key* key = key_find(g, hash)
     if key == NULL:
-        if g.keys_count >= g.keys_room and not more_heads(w, g) and g.keys_room == 0:
-            return NULL     # (with too few heads it still works, slower)
-        key = <Key*>mem_take(w, sizeof(Key))
+        key = key_new(w, g, hash)
         if key == NULL:
             return NULL
-        memset(key, 0, sizeof(Key))
-        key.hash = hash
-        key.group = g
-        key.next = g.keys[hash & (g.keys_room - 1)]
-        g.keys[hash & (g.keys_room - 1)] = key
-        g.keys_count += 1
     key.member = member
     key.endpoint = endpoint
     key.in_flight += 1
@@ -550,6 +558,63 @@ cdef void delivery_drop(World* w, Delivery* d) noexcept nogil:
         d.copy = NULL
     if d.kind != DELIVERY_CALL or not d.notice.waiting:
         delivery_free(w, d)     # (a call that could not be told yet goes when it was: notices_retry)
+
+
+# === as it was in another process =================================================================
+
+cdef Member* member_restore(World* w, Conn* c, Group* g, uint32_t prefetch, uint64_t turn) noexcept nogil:
+    cdef Member* m
+    if g == NULL or c == NULL:
+        m = <Member*>mem_take(w, sizeof(Member))
+        if m == NULL:
+            return NULL
+        memset(m, 0, sizeof(Member))
+    else:
+        m = member_new(w, c, g)
+        if m == NULL:
+            return NULL
+        g.credit += prefetch
+        mark_changed(w, g)
+    m.prefetch = prefetch
+    m.turn = turn
+    return m
+
+
+cdef void member_settle(World* w, Member* m) noexcept nogil:
+    if m.group != NULL:
+        heap_fix(m.group, m)
+    elif m.in_flight == 0:
+        mem_give(w, m, sizeof(Member))
+
+
+cdef void member_remove(World* w, Member* m) noexcept nogil:
+    m.in_flight = 0
+    if m.group != NULL:
+        detach(w, m)
+    else:
+        mem_give(w, m, sizeof(Member))
+
+
+cdef Key* key_restore(World* w, Group* g, uint64_t hash, Member* member, uint32_t endpoint) noexcept nogil:
+    cdef Key* key
+    if g != NULL:
+        key = key_new(w, g, hash)
+        if key == NULL:
+            return NULL
+    else:
+        key = <Key*>mem_take(w, sizeof(Key))
+        if key == NULL:
+            return NULL
+        memset(key, 0, sizeof(Key))
+        key.hash = hash
+    key.member = member
+    key.endpoint = endpoint
+    return key
+
+
+cdef void key_remove(World* w, Key* key) noexcept nogil:
+    key.in_flight = 1
+    key_give(w, key)
 
 
 # === telling Python ===============================================================================

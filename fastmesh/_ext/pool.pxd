@@ -31,6 +31,16 @@ cdef Conn* pool_peer(World* w, Endpoint* endpoint) noexcept nogil
 # What the peer behind that endpoint has consumers for, until it says something else or goes down.
 # -1 = no memory: what it said before stays.
 cdef int pool_peer_groups(World* w, Endpoint* endpoint, const uint32_t* ids, uint32_t count) noexcept nogil
+# Hand-over. A frozen world connects nowhere: connections that are asked for have no descriptor yet,
+# and pool_thaw() opens it for them, and whatever else is missing.
+cdef void pool_thaw(World* w) noexcept nogil
+# A connection of another process at its endpoint: counted there as its state says.
+cdef void pool_attach(World* w, Endpoint* endpoint, Conn* c) noexcept nogil
+cdef void pool_detach(World* w, Conn* c) noexcept nogil
+# An endpoint that no snapshot has: it goes with its last connection. NULL = no memory.
+cdef Endpoint* pool_gone(World* w, uint32_t id, uint32_t row) noexcept nogil
+# Its health, as another process saw it; what its cluster does not allow any more is not restored.
+cdef void pool_eject(World* w, Endpoint* endpoint, uint64_t for_ms) noexcept nogil
 # a CONNECTING connection became writable
 cdef void pool_connected(World* w, Conn* c) noexcept nogil
 # burial, first: out of the choice, the next connect planned

@@ -15,6 +15,7 @@ from .conn cimport (
     conn_new,
     conn_of,
     conn_release,
+    conn_thaw,
     event_push,
     mem_give,
     mem_take,
@@ -114,6 +115,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     uint32_t EPOLLOUT
 
 cdef enum:
+    NO_FD = -1000000      # of a connection that waits for the world to go on; no errno
     STEADY_MS = 5000      # a connection that lived this long ends the back-off that led to it
     RAMP_STEP_MS = 100    # how often a slow start is recomputed
     RAMP_PERCENT = 10     # where a slow start begins
@@ -370,26 +372,36 @@ cdef void connect_failed(World* w, Endpoint* e, int error) noexcept nogil:
         timer_set(&w.wheel, &e.timer, e.retry_at_ms)
 
 
-cdef Conn* pool_connect(World* w, Endpoint* e, uint64_t owner) noexcept nogil:
-    """Begin a connection. NULL = it failed at once (counted, back-off planned)."""
+cdef int connect_to(const Endpoint* e) noexcept nogil:
+    """A descriptor that is connecting, or -errno."""
     cdef const sockaddr* address = <const sockaddr*>e.address
     cdef int one = 1
-    cdef Conn* c
+    cdef int error
     cdef int fd = socket(address.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
     if fd < 0:
-        connect_failed(w, e, errno)
-        return NULL
+        return -errno
     fm_plain_congestion(fd, address)
     if address.sa_family != AF_UNIX:
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
     if connect(fd, address, e.address_size) != 0 and errno != EINPROGRESS:
         # (a UNIX socket whose backlog is full says EAGAIN: that too is "not now")
-        connect_failed(w, e, errno)
+        error = errno
         close(fd)
+        return -error
+    return fd
+
+
+cdef Conn* pool_connect(World* w, Endpoint* e, uint64_t owner) noexcept nogil:
+    """Begin a connection. NULL = it failed at once (counted, back-off planned)."""
+    cdef Conn* c
+    cdef int fd = connect_to(e) if w.frozen == 0 else NO_FD
+    if fd < 0 and fd != NO_FD:
+        connect_failed(w, e, -fd)
         return NULL
     c = conn_new(w, fd, ROLE_UPSTREAM)
     if c == NULL:
-        close(fd)
+        if fd != NO_FD:
+            close(fd)
         connect_failed(w, e, ENOMEM)
         return NULL
     c.state = CONN_CONNECTING
@@ -419,6 +431,101 @@ cdef Conn* pool_connect(World* w, Endpoint* e, uint64_t owner) noexcept nogil:
     row_of(w.counters, e.row).c[C_CONNECTIONS] += 1
     conn_check_by(w, c, w.now_ms + w.snapshot.limits.connect_timeout_ms)
     return c
+
+
+cdef void connect_now(World* w, Conn* c) noexcept nogil:
+    """A connection that could not begin while the world was frozen, or began in another process."""
+    cdef Endpoint* e = c.endpoint
+    cdef int fd
+    if e.gone:
+        conn_doom(w, c, CLOSED_DRAINED, 0)
+        return
+    if e.address_size == 0 or w.now_ms < e.retry_at_ms:
+        conn_doom(w, c, CLOSED_DRAINED, 0)      # what waits for it goes elsewhere
+        return
+    fd = connect_to(e)
+    if fd < 0:
+        conn_doom(w, c, CLOSED_CONNECT, -fd)
+        return
+    c.fd = fd
+    c.opened_ms = w.now_ms
+    conn_thaw(w, c)
+    conn_check_by(w, c, w.now_ms + w.snapshot.limits.connect_timeout_ms)
+
+
+cdef void pool_thaw(World* w) noexcept nogil:
+    cdef Cluster* k
+    cdef Conn* c
+    cdef uint32_t i
+    for i in range(w.conns_high):
+        c = w.conns[i]
+        if c != NULL and c.role == ROLE_UPSTREAM and c.state == CONN_CONNECTING and c.fd < 0:
+            connect_now(w, c)
+    k = w.clusters
+    while k != NULL:
+        for i in range(k.endpoints_count):
+            if w.adopted and k.endpoints[i].up:
+                event_push(w, EVENT_ENDPOINT_UP, k.endpoints[i].id, k.endpoints[i].up, 0, NULL, 0)
+            pool_endpoint_due(w, k.endpoints[i])
+        k = k.next
+
+
+cdef void pool_attach(World* w, Endpoint* e, Conn* c) noexcept nogil:
+    c.endpoint = e
+    c.row = e.row
+    c.endpoint_next = e.conns
+    e.conns = c
+    e.conns_count += 1
+    w.counters.p[P_UPSTREAMS] += 1
+    row_of(w.counters, e.row).c[C_CONNECTIONS] += 1
+    if c.state == CONN_OPEN:
+        c.counted = 1
+        e.up += 1
+        row_of(w.counters, e.row).c[C_UP] += 1
+    if c.state != CONN_CONNECTING:
+        e.ever_up = 1
+    w.peers_version += 1
+
+
+cdef void pool_detach(World* w, Conn* c) noexcept nogil:
+    cdef Endpoint* e = c.endpoint
+    cdef Conn** link = &e.conns
+    while link[0] != c:
+        link = &link[0].endpoint_next
+    link[0] = c.endpoint_next
+    e.conns_count -= 1
+    if c.counted:
+        e.up -= 1
+
+
+cdef Endpoint* pool_gone(World* w, uint32_t id, uint32_t row) noexcept nogil:
+    cdef Endpoint* e = <Endpoint*>mem_take(w, sizeof(Endpoint))
+    if e == NULL:
+        return NULL
+    memset(e, 0, sizeof(Endpoint))
+    e.id = id
+    e.row = row
+    e.gone = 1
+    e.timer.owner = e
+    e.timer.kind = TIMER_ENDPOINT
+    return e
+
+
+cdef bint floor_allows(World* w, const Cluster* k) noexcept nogil:
+    """One more ejected: a share of the cluster, and never its last endpoint."""
+    return k.ejected + 1 < k.endpoints_count and \
+        (k.ejected + 1) * 100 <= k.endpoints_count * w.snapshot.limits.eject_percent_max
+
+
+cdef void pool_eject(World* w, Endpoint* e, uint64_t for_ms) noexcept nogil:
+    cdef Cluster* k = e.cluster
+    if k == NULL or e.ejected_until_ms or not floor_allows(w, k):
+        return
+    e.ejected_until_ms = w.now_ms + for_ms
+    w.peers_version += 1
+    k.ejected += 1
+    k.recompute_ms = 0
+    row_of(w.counters, e.row).c[C_EJECTED] += 1
 
 
 cdef void pool_connected(World* w, Conn* c) noexcept nogil:
@@ -755,19 +862,13 @@ cdef void pool_failed(World* w, Endpoint* e) noexcept nogil:
     if k == NULL or e.ejected_until_ms or w.snapshot.limits.eject_failures == 0 or \
             e.failures < w.snapshot.limits.eject_failures:
         return
-    # the floor: a share of the cluster, and never its last endpoint
-    if k.ejected + 1 >= k.endpoints_count or \
-            (k.ejected + 1) * 100 > k.endpoints_count * w.snapshot.limits.eject_percent_max:
+    if not floor_allows(w, k):
         return
     e.ejections += 1
     span = <uint64_t>w.snapshot.limits.eject_ms * e.ejections
     if span > w.snapshot.limits.eject_ms_max:
         span = w.snapshot.limits.eject_ms_max
-    e.ejected_until_ms = w.now_ms + span
-    w.peers_version += 1
-    k.ejected += 1
-    k.recompute_ms = 0
-    row_of(w.counters, e.row).c[C_EJECTED] += 1
+    pool_eject(w, e, span)
     row_of(w.counters, e.row).c[C_EJECTIONS] += 1
     event_push(w, EVENT_EJECTED, e.id, span, 0, NULL, 0)
     if e.timer.link == NULL or e.timer.at_ms > e.ejected_until_ms:
@@ -805,7 +906,7 @@ cdef void pool_endpoint_due(World* w, Endpoint* e) noexcept nogil:
     k.recompute_ms = 0
     if k.kind != KIND_RELAY and w.thread != HOME_THREAD:
         return      # brokers and peers are connected to once per process
-    if k.binding != BIND_PER_CLIENT and e.address_size and e.weight and not w.stopping:
+    if k.binding != BIND_PER_CLIENT and e.address_size and e.weight and not w.stopping and w.frozen == 0:
         c = e.conns
         while c != NULL:
             if c.owner == 0 and (c.state == CONN_OPEN or c.state == CONN_CONNECTING):

@@ -112,6 +112,20 @@ cdef size_t share_size(const Plan* plan) noexcept nogil
 # it starts anew.
 cdef void share_reset(Share* share, const Plan* plan) noexcept nogil
 
+# What another process's Share of the same group had seen, for one that share_reset has made fit `plan`:
+# this node's part and the place in the ring always; what rules owe (arrays as in Share) if it was of
+# the same layout and adds up.
+cdef void share_restore(Share* share, const Plan* plan, const Share* seen, const uint32_t* total,
+                        const int32_t* owed, const uint8_t* here) noexcept nogil
+cdef inline uint32_t* totals_of(Share* share) noexcept nogil:
+    return <uint32_t*>(<uint8_t*>share + sizeof(Share))
+
+cdef inline int32_t* owed_of(Share* share) noexcept nogil:
+    return <int32_t*>(totals_of(share) + share.rules_count)
+
+cdef inline uint8_t* here_of(Share* share) noexcept nogil:
+    return <uint8_t*>(owed_of(share) + share.entries_count)
+
 # The index of a node, or LOCAL; the plan's own `local` means the same. `reachable`: one byte per
 # node, of this node whether a consumer of the group lives here. `view` is the frame that `fields` was
 # read from; its header section is looked into only when a rule asks for a header. Decides and counts:

@@ -70,18 +70,6 @@ cdef uint64_t stable_mix(uint64_t key, uint64_t name) noexcept nogil:
 # --- what a group has seen ------------------------------------------------------------------------
 
 
-cdef inline uint32_t* totals_of(Share* share) noexcept nogil:
-    return <uint32_t*>(<uint8_t*>share + sizeof(Share))
-
-
-cdef inline int32_t* owed_of(Share* share) noexcept nogil:
-    return <int32_t*>(totals_of(share) + share.rules_count)
-
-
-cdef inline uint8_t* here_of(Share* share) noexcept nogil:
-    return <uint8_t*>(owed_of(share) + share.entries_count)
-
-
 cdef size_t share_size(const Plan* plan) noexcept nogil:
     return sizeof(Share) + 4 * <size_t>plan.rules_count + 5 * <size_t>plan.entries_count
 
@@ -107,6 +95,37 @@ cdef void share_reset(Share* share, const Plan* plan) noexcept nogil:
         else:
             low = middle + 1
     share.at = low if low < plan.ring_count else 0
+
+
+cdef bint adds_up(const Plan* plan, const uint32_t* total, const int32_t* owed, const uint8_t* here) noexcept nogil:
+    cdef uint32_t i, j, at
+    cdef int64_t sum
+    for i in range(plan.rules_count):
+        sum = 0
+        if total[i] > plan.rules[i].entries_count * SCHEDULE_WEIGHT_MAX:
+            return False
+        for j in range(plan.rules[i].entries_count):
+            at = plan.rules[i].first + j
+            if here[at] > 1 or (owed[at] and not here[at]):
+                return False
+            if owed[at] > <int64_t>total[i] or owed[at] < -<int64_t>total[i]:
+                return False
+            sum += owed[at]
+        if sum:
+            return False
+    return True
+
+
+cdef void share_restore(Share* share, const Plan* plan, const Share* seen, const uint32_t* total,
+                        const int32_t* owed, const uint8_t* here) noexcept nogil:
+    share.part = seen.part % WHOLE
+    share.last = seen.last
+    if (seen.layout == plan.layout and seen.rules_count == plan.rules_count
+            and seen.entries_count == plan.entries_count and adds_up(plan, total, owed, here)):
+        memcpy(totals_of(share), total, plan.rules_count * sizeof(uint32_t))
+        memcpy(owed_of(share), owed, plan.entries_count * sizeof(int32_t))
+        memcpy(here_of(share), here, plan.entries_count)
+    share_reset(share, plan)        # who is next in this plan's ring
 
 
 # --- the choice -----------------------------------------------------------------------------------

@@ -101,6 +101,16 @@ cdef void slot_release(SlotTable* table, Slot* slot, int cause) noexcept nogil
 # Walks the occupied slots: start with *cursor = 0; NULL at the end. Releasing the returned slot is
 # allowed.
 cdef Slot* slot_each(SlotTable* table, uint32_t* cursor) noexcept nogil
+cdef inline Slot* slot_at(const SlotTable* table, uint32_t index) noexcept nogil:
+    return &table.pages[index // SLOT_PAGE][index % SLOT_PAGE]
+
+# A table as it was in another process: pages whose slots are on no list yet (False = no memory), then
+# each slot once, either free (the last one given is the first to be taken) or occupied.
+cdef bint slots_restore(SlotTable* table, uint32_t pages, size_t* grew) noexcept nogil
+cdef void slot_restore_free(SlotTable* table, uint32_t index, uint16_t generation, uint8_t last_cause) noexcept nogil
+cdef Slot* slot_restore(SlotTable* table, uint32_t index, uint16_t generation, int state, int rest_cause,
+                        int last_cause) noexcept nogil
+
 cdef inline void slot_link(Slot** head, Slot* slot) noexcept nogil:
     if FM_DEBUG:
         holds(slot.asker_link == NULL)

@@ -26,10 +26,6 @@ cdef inline uint16_t generation_after(uint16_t generation) noexcept nogil:
     return 1 if generation >= SLOT_GENERATIONS else generation + 1
 
 
-cdef inline Slot* slot_at(const SlotTable* table, uint32_t index) noexcept nogil:
-    return &table.pages[index // SLOT_PAGE][index % SLOT_PAGE]
-
-
 cdef inline void put_free(SlotTable* table, Slot* slot) noexcept nogil:
     slot.free_next = table.free_head
     table.free_head = <uint32_t>slot.index + 1
@@ -69,6 +65,35 @@ cdef bint make_page(SlotTable* table, size_t* grew) noexcept nogil:
         put_free(table, &page[i])
     table.pages_made += 1
     return True
+
+
+cdef bint slots_restore(SlotTable* table, uint32_t pages, size_t* grew) noexcept nogil:
+    while table.pages_made < pages:
+        if not make_page(table, grew):
+            return False
+    table.free_head = 0
+    return True
+
+
+cdef void slot_restore_free(SlotTable* table, uint32_t index, uint16_t generation, uint8_t last_cause) noexcept nogil:
+    cdef Slot* slot = slot_at(table, index)
+    slot.generation = generation
+    slot.last_cause = last_cause
+    put_free(table, slot)
+
+
+cdef Slot* slot_restore(SlotTable* table, uint32_t index, uint16_t generation, int state, int rest_cause,
+                        int last_cause) noexcept nogil:
+    cdef Slot* slot = slot_at(table, index)
+    slot.free_next = 0
+    slot.generation = generation
+    slot.state = <uint8_t>state
+    slot.rest_cause = <uint8_t>rest_cause
+    slot.last_cause = <uint8_t>last_cause
+    table.used += 1
+    if state == SLOT_RESTING:
+        table.resting += 1
+    return slot
 
 
 cdef void slots_start(

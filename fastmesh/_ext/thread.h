@@ -5,7 +5,9 @@
 #include <execinfo.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -46,6 +48,11 @@ static inline void fm_plain_congestion_of_listener(int fd) {
     socklen_t size = sizeof own;
     if (getsockname(fd, (struct sockaddr *)&own, &size) == 0)
         fm_plain_congestion(fd, &own);
+}
+
+static inline int fm_writable(int fd) {
+    struct pollfd one = { .fd = fd, .events = POLLOUT };
+    return poll(&one, 1, 0) == 1;
 }
 
 static inline uint32_t fm_peer(int fd, uint8_t *room) {
@@ -99,6 +106,13 @@ static inline void fm_abort_thread(uint64_t thread) {
     pthread_kill((pthread_t)thread, SIGABRT);
     sleep(2);
     abort();
+}
+
+/* What this thread does from here on may wait for anybody else who wants its CPU (of the thread, not of its
+ * process; needs no privilege). */
+static inline void fm_no_hurry(void) {
+    struct sched_param none = {0};
+    (void)pthread_setschedparam(pthread_self(), SCHED_IDLE, &none);
 }
 
 static inline void fm_nap_ms(uint64_t ms) {

@@ -9,12 +9,12 @@ destination once -> copy the counters if somebody asked. Who does what:
     pool.pyx    endpoints: connecting, back-off, heartbeats, ejection, the weighted choice
     groups.pyx  push groups: members and their credit, keys, which node; what Python must be told
     relay.pyx   frames: route, slot, patch, queue, answer, expire, retry, hold back
+    handover.pyx  all of it into a file, and out of one in another process
     engine.pyx  the thread: epoll, commands, events, accepting; and the class that Python drives
 
-Calls go down that list only from bottom to top (engine -> relay -> groups -> pool -> conn). What must travel
-the other way travels as state: a
-connection that has to die is put on the doomed list, and relay buries it at one place in the turn,
-once.
+Calls go down that list only from bottom to top (engine -> handover -> relay -> groups -> pool ->
+conn). What must travel the other way travels as state: a connection that has to die is put on the
+doomed list, and relay buries it at one place in the turn, once.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -69,6 +69,7 @@ cdef enum:
     # a draining client connection is closed when it owes nothing and was quiet this long
     DRAIN_QUIET_MS = 200
     IDS = 1 << 16               # ids of listeners, clusters and endpoints are below this
+    NO_LISTENER = IDS           # of a client whose listener speaks something else by now
     PARKED_MAX = 1024           # frames awaiting a verdict, per thread
     HOME_THREAD = 0             # all push traffic lives here: groups are never shared
 
@@ -158,6 +159,7 @@ cdef struct Link:
     uint32_t cluster            # stable id
     uint32_t entries
     uint8_t flow
+    uint32_t ordinal            # of its record, while the world is saved
     uint64_t pause_until_ms
 
 cdef struct Parked:
@@ -209,6 +211,7 @@ cdef struct Member:
     uint32_t in_flight
     uint32_t at                 # in Group.members
     uint32_t heap_at            # in Group.heap + 1; 0 = no credit left
+    uint32_t ordinal            # of its record, while the world is saved
 
 # a key of an ordered group with an unanswered delivery; the next one of the key goes to the same place
 cdef struct Key:
@@ -218,6 +221,7 @@ cdef struct Key:
     Member* member              # or NULL: at the peer behind ...
     uint32_t endpoint           # ... this endpoint
     uint32_t in_flight
+    uint32_t ordinal            # of its record, while the world is saved
 
 cdef struct Fan:                # a broadcast on its way: one answer for all copies
     uint64_t asker
@@ -227,6 +231,7 @@ cdef struct Fan:                # a broadcast on its way: one answer for all cop
     uint8_t later               # somebody did not consume it: all of it comes again
     uint8_t consumed            # somebody did
     uint8_t silent              # one-way: nobody waits for an answer
+    uint32_t ordinal            # of its record, while the world is saved
 
 cdef struct Group:
     uint32_t id
@@ -331,6 +336,9 @@ cdef struct Conn:
     uint32_t stream_row
     # part of an answer was forwarded to this client and its LAST was not
     uint8_t answer_open
+    # hand-over
+    uint8_t left                # it stayed in the process before: ends when this world begins
+    uint32_t ordinal            # of its record, while the world is saved
 
 cdef struct Endpoint:
     uint32_t id
@@ -380,8 +388,28 @@ cdef struct Bucket:
     uint64_t tokens_micro       # a token is 1e6
     uint64_t filled_ns
 
+cdef enum Owed:                 # events about the world itself (bits), told behind all others
+    OWED_THAWED = 1
+    OWED_FROZEN = 2
+    OWED_SAVED = 4
+
+cdef struct SavedWorld:         # what world_save() left for Python
+    int memfd                   # -1 = none, or taken
+    int error                   # errno, 0 = it is whole
+    int* descriptors            # the connections' own, in the order of their records
+    uint32_t count
+    uint32_t downstream
+    uint32_t upstream
+    uint32_t requests
+    uint32_t pushes
+    uint32_t left
+    uint64_t bytes
+
 cdef struct World:
     int epfd
+    # frozen: what was watched before. Nobody waits on it any more, so nothing is read of it; closing it
+    # costs less than a thousand EPOLL_CTL_DEL, and does not make the pause longer. -1 = none
+    int left_epfd
     int wake_fd
     int notify_fd               # wakes the main thread
     int reserve_fd              # given up for a moment when descriptors run out
@@ -451,6 +479,20 @@ cdef struct World:
     uint8_t refusing            # the grace period is over
     uint8_t stopping
     uint8_t ended
+    # hand-over. Frozen: nothing is in epoll, nothing is read, sent, connected or timed; commands are
+    # executed, and what they queue waits in memory. An adopted world is frozen until it begins.
+    uint64_t frozen             # which freeze it is, 0 = none; read by others with atomics
+    uint64_t frozen_ns          # CLOCK_MONOTONIC when it was; of the process before, if adopted
+    uint64_t stood_ms           # from when on its times stand still, 0 = they do not
+    uint64_t thawed_ns
+    uint8_t adopted             # it has not begun yet
+    uint8_t saving              # asked for, not done
+    uint8_t owed                # Owed
+    uint8_t released            # another process's now: nothing is told, nothing counted
+    # turns after a thaw in which nobody's time is up before what came meanwhile was read
+    uint32_t catching_up
+    SavedWorld saved
+    uint64_t saved_ready        # stored when `saved` is whole: it is Python's then
     uint16_t first_generation
     uint64_t random
     uint64_t spin_ns
@@ -508,6 +550,9 @@ cdef enum EventKind:
     EVENT_GONE = 16
     EVENT_ANSWER = 17
     EVENT_GROUP = 18
+    EVENT_FROZEN = 19
+    EVENT_SAVED = 20
+    EVENT_THAWED = 21
 
 cdef enum CommandKind:
     COMMAND_PUBLISH = 1         # a = SnapshotData*
@@ -527,3 +572,8 @@ cdef enum CommandKind:
     COMMAND_CALL = 14           # a = handle, b = ticket, c = timeout ms, payload = request frame
     COMMAND_SUBSCRIBE = 15      # a = handle, payload = pairs of u32: group id, prefetch
     COMMAND_PEER_GROUPS = 16    # a = endpoint id, payload = u32 group ids
+    COMMAND_FREEZE = 17
+    COMMAND_SAVE = 18
+    COMMAND_THAW = 19
+    COMMAND_RELEASE = 20
+    COMMAND_ACCEPT = 21         # a = 1: accept on every listener, 0: let connects wait in its backlog

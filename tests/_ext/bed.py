@@ -147,6 +147,8 @@ class Bed:
         self.weights = list(weights) or [100] * endpoints
         self.servers = [self._server() for _ in range(endpoints)]
         self.version = 0
+        self.names: dict[int, Any] = {}  # of servers, which may be closed by now
+        self.endpoints: Sequence[int] | None = None  # of the newest snapshot, None = all
         self.events: list[Event] = []
         self.open: list[Peer] = []
         self.engine = Engine(
@@ -173,11 +175,14 @@ class Bed:
 
     def snapshot(self, endpoints: Sequence[int] | None = None, **limits: int) -> Snapshot:
         self.version += 1
+        self.endpoints = endpoints
         self.limits.update(limits)
         made = Snapshot(self.version, self.limits)
         made.add_cluster(CLUSTER, row=CLUSTER_ROW, **self.cluster)
         for i in range(len(self.servers)) if endpoints is None else endpoints:
-            name = self.servers[i].getsockname()
+            if i not in self.names:
+                self.names[i] = self.servers[i].getsockname()
+            name = self.names[i]
             made.add_endpoint(
                 CLUSTER, i + 1, address=name if isinstance(name, str) else name[:2],
                 weight=self.weights[i], row=ENDPOINT_ROW + i,

@@ -88,11 +88,13 @@ class PushBed:
         **limits: int,
     ) -> None:
         self.limits = {**LIMITS, **limits}
+        self.ring_bytes = ring_bytes
         self.groups = dict(groups or {"g": {}})
         self.topics = dict(topics or {})
         self.brokers = [self._server() for _ in range(brokers)]
         self.peers = [self._server() for _ in range(peers)]
         self.version = 0
+        self.names: dict[socket.socket, Any] = {}  # of servers, which may be closed by now
         self.events: list[Event] = []
         self.open: list[Peer] = []
         self.schedule: Schedule | None = self.scheduled(nodes) if nodes else None
@@ -108,6 +110,11 @@ class PushBed:
         server.listen(512)
         server.settimeout(WAIT_S)
         return server
+
+    def _name(self, server: socket.socket) -> Any:
+        if server not in self.names:
+            self.names[server] = server.getsockname()
+        return self.names[server]
 
     def scheduled(self, nodes: Mapping[str, int]) -> Schedule:
         """`nodes`: weights by name; all but "me" are peers, in the order of `self.peers`."""
@@ -134,12 +141,12 @@ class PushBed:
         made.add_cluster(BROKERS, codec="push", row=BROKERS_ROW, kind="brokers")
         for i, server in enumerate(self.brokers):
             made.add_endpoint(
-                BROKERS, BROKER_ID + i, address=server.getsockname(), weight=100, row=BROKER_ROW + i
+                BROKERS, BROKER_ID + i, address=self._name(server), weight=100, row=BROKER_ROW + i
             )
         made.add_cluster(PEERS, codec="push", row=PEERS_ROW, kind="peers")
         for i, server in enumerate(self.peers):
             made.add_endpoint(
-                PEERS, PEER_ID + i, address=server.getsockname(), weight=100, row=PEER_ROW + i
+                PEERS, PEER_ID + i, address=self._name(server), weight=100, row=PEER_ROW + i
             )
         made.add_listener(PUSH, codec="push", row=PUSH_ROW, kind="push")
         made.add_listener(FORWARD, codec="push", row=FORWARD_ROW, kind="forward")

@@ -463,9 +463,18 @@ cdef uint32_t ack_by_order(const FrameView* view, uint8_t* out) noexcept nogil:
     return write_made(b"back", NULL, 0, out)
 
 
+cdef bint refuses = False
+
+
+def refuse_to_save(on: bool) -> None:
+    """Whether no state can be saved, as that of a protocol that cannot travel."""
+    global refuses
+    refuses = on
+
+
 cdef int save_state(const void* state, uint8_t* out, size_t room) noexcept nogil:
     cdef const State* s = <const State*>state
-    if room < SAVED_BYTES:
+    if room < SAVED_BYTES or refuses:
         return -1
     out[0] = SAVED_VERSION
     out[1] = s.in_body
