@@ -196,6 +196,8 @@ class Limits:
     connect_timeout_ms: int
     heartbeat_ms: int
     stop_timeout_ms: int
+    drain_suspend_ms: int
+    drain_answers_ms: int
     backoff_ms: int
     backoff_ms_max: int
     eject_failures: int
@@ -705,6 +707,16 @@ def _limits(table: Table) -> Limits:
             table.wrong(
                 key, values[key], f"{low} ({values[low]}) must not be above {high} ({values[high]})"
             )
+    if (both := values["drain_suspend_ms"] + values["drain_answers_ms"]) > values[
+        "stop_timeout_ms"
+    ]:
+        key = "drain_answers_ms" if values["drain_answers_ms"] else "drain_suspend_ms"
+        table.wrong(
+            key,
+            values[key],
+            f"drain_suspend_ms and drain_answers_ms ({both} together) must not be above"
+            f" stop_timeout_ms ({values['stop_timeout_ms']})",
+        )
     table.done()
     return Limits(**values)
 

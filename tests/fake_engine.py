@@ -6,6 +6,7 @@ Its counters are the real ones, so that whatever reads them is tested against re
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ class FakeEngine:
         self.options = options
         self.threads = options.get("threads", 1)
         self.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.close_events = weakref.finalize(self, os.close, self.event_fd)
+        """Once, by whoever comes first."""
         self.counted = ThreadCounters()
         self.calls: list[tuple[Any, ...]] = []
         self.published: list[Any] = []

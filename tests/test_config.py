@@ -188,6 +188,8 @@ FAULTS = [
     ("connections_max: 100", "in_flight_max: 65537", "limits.in_flight_max", "16..65536"),
     ("connections_max: 100", "frame_bytes_max: 1e6", "limits.frame_bytes_max", "whole number"),
     ("connections_max: 100", "backoff_ms: 60000", "limits.backoff_ms", "backoff_ms_max"),
+    ("connections_max: 100", "drain_answers_ms: 201", "limits.drain_answers_ms", "stop_timeout_ms"),
+    ("connections_max: 100", "drain_suspend_ms: 201", "limits.drain_suspend_ms", "stop_timeout_ms"),
     (
         "connections_max: 100",
         "connections_max: 100, connections_max: 7",

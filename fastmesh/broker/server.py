@@ -97,7 +97,8 @@ def _native_snapshot(connections_max: int) -> Any:
     from fastmesh._ext.route import Snapshot
 
     engine_limits = {name: bound.default for name, bound in limits.CONFIGURABLE.items()}
-    del engine_limits["stop_timeout_ms"]  # the control plane's own
+    for name in ("stop_timeout_ms", "drain_suspend_ms", "drain_answers_ms"):
+        del engine_limits[name]  # the control plane's own
     engine_limits |= {
         "frame_bytes_max": limits.BROKER_FRAME_BYTES_MAX,
         "connections_max": connections_max,

@@ -8,11 +8,14 @@ name resolves.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Protocol
+from typing import Annotated, Protocol
 
-from fastmesh import limits
+import msgspec
+
+from fastmesh import limits, saved
 from fastmesh.address import Address
 from fastmesh.config import Config
 
@@ -33,6 +36,16 @@ class Lines(Protocol):
     def warning(self, event: str, **fields: str | int) -> None: ...
 
 
+Addresses = Annotated[list[saved.Text], msgspec.Meta(max_length=limits.ADDRESSES_PER_NAME_MAX)]
+
+
+class SavedNames(msgspec.Struct, omit_defaults=True):
+    known: Annotated[
+        dict[saved.Text, Addresses], msgspec.Meta(max_length=limits.SAVED_NAMES_MAX)
+    ] = {}
+    """Name -> IP addresses."""
+
+
 class Discovery:
     """Knows the addresses of every name in use. Only the main loop touches it."""
 
@@ -49,6 +62,23 @@ class Discovery:
         return tuple(
             Address(host=ip, port=address.port) for ip in self._known.get(address.host, ())
         )
+
+    def save(self) -> SavedNames:
+        """The last good answers."""
+        return SavedNames({name: list(ips) for name, ips in self._known.items()})
+
+    def restore(self, data: object) -> None:
+        """Begin with the answers that another process had: `learn` asks only for other names, and
+        the first snapshot has the same endpoints as the last one of that process. Raises
+        HandoverError with nothing changed."""
+        found = saved.read(data, SavedNames, "names")
+        for name, ips in found.known.items():
+            for ip in ips:
+                try:
+                    ipaddress.ip_address(ip)
+                except ValueError:
+                    raise saved.wrong(f"names.{name[:64]}", ip, "must be an IP address") from None
+        self._known = {name: tuple(ips) for name, ips in found.known.items() if ips}
 
     async def learn(
         self,

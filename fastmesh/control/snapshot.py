@@ -18,10 +18,15 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
+
+from fastmesh import limits as bounds
+from fastmesh import saved
 from fastmesh.address import Address
 from fastmesh.config import Broker, Config, Limits
+from fastmesh.errors import HandoverError
 from fastmesh.limits import GROUP_ID_MAX, NO_ROUTE_NAME, ROW_OTHER
 
 if TYPE_CHECKING:
@@ -80,12 +85,47 @@ class MeshView:
     """Ids of broker endpoints that want no new requests."""
 
 
+class SavedRow(msgspec.Struct, gc=False, array_like=True):
+    row: saved.Id
+    kind: saved.Text
+    listener: saved.Text = ""
+    route: saved.Text = ""
+    cluster: saved.Text = ""
+    endpoint: saved.Text = ""
+    app: saved.Text = ""
+    group: saved.Text = ""
+
+
+class SavedKey(msgspec.Struct, gc=False, array_like=True):
+    id: saved.Id
+    key: Any
+    """Tuples are lists, an address is {"address": [host, port, path]}."""
+
+
+class SavedDirectory(msgspec.Struct, omit_defaults=True):
+    version: saved.Count = 0
+    """Of the last snapshot."""
+    rows: Annotated[list[SavedRow], msgspec.Meta(max_length=bounds.SAVED_NAMES_MAX)] = []
+    ids: Annotated[list[SavedKey], msgspec.Meta(max_length=bounds.SAVED_NAMES_MAX)] = []
+    next_id: saved.Id = 1
+    kept: list[saved.Id] = []
+    """Of the last snapshot ..."""
+    used: list[saved.Id] = []
+    """... and of one that could not be finished."""
+    groups: Annotated[list[SavedKey], msgspec.Meta(max_length=GROUP_ID_MAX)] = []
+    next_group: Annotated[int, msgspec.Meta(ge=1, le=GROUP_ID_MAX + 1)] = 1
+    groups_kept: list[saved.GroupId] = []
+    groups_used: list[saved.GroupId] = []
+    groups_free: Annotated[list[saved.GroupId], msgspec.Meta(max_length=GROUP_ID_MAX)] = []
+
+
 class Directory:
     """Hands out ids and rows, and remembers which is whose."""
 
     def __init__(self, rows_max: int) -> None:
         self._rows_max = rows_max
         self._rows: dict[RowLabel, int] = {}
+        self._next_row = ROW_OTHER + 1
         self._ids: dict[Hashable, int] = {}
         self._next_id = 1
         self._kept: set[Hashable] = set()
@@ -99,10 +139,11 @@ class Directory:
     def row(self, label: RowLabel) -> int:
         row = self._rows.get(label)
         if row is None:
-            row = ROW_OTHER + 1 + len(self._rows)
+            row = self._next_row
             if row >= self._rows_max:
                 return ROW_OTHER
             self._rows[label] = row
+            self._next_row += 1
         return row
 
     def id(self, key: Hashable) -> int:
@@ -143,6 +184,129 @@ class Directory:
 
     def rows(self) -> Mapping[RowLabel, int]:
         return self._rows
+
+    # --- hand-over --------------------------------------------------------------------------------
+
+    def save(self, version: int) -> SavedDirectory:
+        """Everything, so that a successor gives the same names the same numbers. `version`: of the
+        last snapshot."""
+        ids, groups = self._ids, self._groups
+        return SavedDirectory(
+            version=version,
+            rows=[SavedRow(row, *_label_texts(label)) for label, row in self._rows.items()],
+            ids=[SavedKey(number, _packed(key)) for key, number in ids.items()],
+            next_id=self._next_id,
+            kept=sorted(ids[key] for key in self._kept if key in ids),
+            used=sorted(ids[key] for key in self._used if key in ids),
+            groups=[SavedKey(number, _packed(key)) for key, number in groups.items()],
+            next_group=self._groups_next,
+            groups_kept=sorted(groups[key] for key in self._groups_kept if key in groups),
+            groups_used=sorted(groups[key] for key in self._groups_used if key in groups),
+            groups_free=list(self._groups_free),
+        )
+
+    def restore(self, data: object) -> int:
+        """Become what was saved; returns the version of the last snapshot. Raises HandoverError
+        with nothing changed, also when there are more rows than this build has counters for."""
+        what = "directory"
+        found = saved.read(data, SavedDirectory, what)
+        rows: dict[RowLabel, int] = {}
+        taken: set[int] = set()
+        for item in found.rows:
+            label = RowLabel(
+                item.kind,
+                item.listener,
+                item.route,
+                item.cluster,
+                item.endpoint,
+                item.app,
+                item.group,
+            )
+            if not ROW_OTHER < item.row < self._rows_max or item.row in taken:
+                right = f"each must be one of its own in {ROW_OTHER + 1}..{self._rows_max - 1}"
+                raise saved.wrong(f"{what}.rows", item.row, right)
+            taken.add(item.row)
+            # A later version may tell apart what is one name here: the first row counts it then.
+            rows.setdefault(label, item.row)
+        ids = _unpacked(found.ids, f"{what}.ids", found.next_id)
+        groups = _unpacked(found.groups, f"{what}.groups", found.next_group)
+        free = set(found.groups_free)
+        if len(free) != len(found.groups_free) or not free.isdisjoint(groups.values()):
+            raise saved.wrong(
+                f"{what}.groups_free", sorted(free), "each must be free, and stand there once"
+            )
+        if any(number >= found.next_group for number in free):
+            raise saved.wrong(
+                f"{what}.groups_free", max(free), f"must be below next_group {found.next_group}"
+            )
+        keys = {number: key for key, number in ids.items()}
+        group_keys = {number: key for key, number in groups.items()}
+        self._rows = rows
+        self._next_row = max(taken, default=ROW_OTHER) + 1
+        self._ids = ids
+        self._next_id = found.next_id
+        self._kept = {keys[number] for number in found.kept if number in keys}
+        self._used = {keys[number] for number in found.used if number in keys}
+        self._groups = groups
+        self._groups_next = found.next_group
+        self._groups_kept = {group_keys[n] for n in found.groups_kept if n in group_keys}
+        self._groups_used = {group_keys[n] for n in found.groups_used if n in group_keys}
+        self._groups_free = deque(found.groups_free)
+        return found.version
+
+
+_KEY_DEPTH_MAX = 4
+"""Keys are tuples of texts, of addresses, and of one such tuple."""
+
+
+def _label_texts(label: RowLabel) -> tuple[str, ...]:
+    return (
+        label.kind,
+        label.listener,
+        label.route,
+        label.cluster,
+        label.endpoint,
+        label.app,
+        label.group,
+    )
+
+
+def _packed(key: Hashable) -> Any:
+    """A key of the directory as JSON can say it."""
+    if isinstance(key, tuple):
+        return [_packed(part) for part in key]
+    if isinstance(key, Address):
+        return {"address": [key.host, key.port, key.path]}
+    assert key is None or isinstance(key, (str, bool, int))
+    return key
+
+
+def _unpacked(items: Iterable[SavedKey], what: str, next_number: int) -> dict[Hashable, int]:
+    """Keys and their numbers, which are below the next one and each of one key. Raises
+    HandoverError."""
+    found: dict[Hashable, int] = {}
+    for item in items:
+        key = _unpacked_key(item.key, what)
+        if item.id >= next_number:
+            raise saved.wrong(what, item.id, f"must be below the next number {next_number}")
+        if key in found:
+            raise saved.wrong(what, key, "stands there twice")
+        found[key] = item.id
+    if len(set(found.values())) != len(found):
+        raise HandoverError(f"{what}: one number has two keys; each has its own")
+    return found
+
+
+def _unpacked_key(value: Any, what: str, depth: int = 0) -> Hashable:
+    if isinstance(value, list) and depth < _KEY_DEPTH_MAX:
+        return tuple(_unpacked_key(part, what, depth + 1) for part in value)
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, dict):
+        parts = value.get("address")
+        if isinstance(parts, list) and [type(part) for part in parts] == [str, int, str]:
+            return Address(*parts)
+    raise saved.wrong(what, value, "a key is made of texts, numbers, addresses and lists of those")
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +367,8 @@ class Compiled:
 def engine_limits(limits: Limits, *, connections_max: int, sample_every: int) -> dict[str, int]:
     """Every field of the engine's MeshLimits by name."""
     values: dict[str, int] = dataclasses.asdict(limits)
-    del values["stop_timeout_ms"]  # the control plane's own
+    for name in ("stop_timeout_ms", "drain_suspend_ms", "drain_answers_ms"):
+        del values[name]  # the control plane's own
     values["connections_max"] = connections_max
     values["sample_every"] = sample_every
     return values

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +74,11 @@ def wrong_method(*allowed: str) -> Answer:
 
 class HttpServer:
     """Serves on one listening socket from `start()` to `close()`; `name` tells it apart in the
-    log."""
+    log. The socket stays its owner's, and open: what is closed here is a duplicate.
+
+    `hold()` lets connects wait in the socket's queue, for `resume()` or for another process that
+    accepts on the same socket.
+    """
 
     def __init__(
         self,
@@ -89,14 +94,87 @@ class HttpServer:
         self._gate = gate
         self._handler = handler
         self._log = log
+        self._sock: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._fresh: set[asyncio.Task[None]] = set()
+        """Of these, whose connection has not said anything yet ..."""
+        self._answering: set[asyncio.Task[None]] = set()
+        """... and whose has begun a request that is not answered."""
+        self._less = asyncio.Event()
+        """Set whenever one of the two has become smaller."""
+        self.held = False
 
     async def start(self, sock: socket.socket) -> None:
-        serve = asyncio.start_unix_server if sock.family == socket.AF_UNIX else asyncio.start_server
-        self._server = await serve(self._connected, sock=sock, limit=READ_BYTES)
+        self._sock = sock
+        await self._accept()
+
+    async def _accept(self) -> None:
+        assert self._sock is not None
+        serve: Any = asyncio.start_server
+        more: dict[str, Any] = {}
+        if self._sock.family == socket.AF_UNIX:
+            serve = asyncio.start_unix_server
+            if sys.version_info >= (3, 13):
+                more["cleanup_socket"] = False  # the path is the socket's owner's
+        own = self._sock.dup()
+        try:
+            self._server = await serve(self._connected, sock=own, limit=READ_BYTES, **more)
+        except BaseException:
+            own.close()
+            raise
+
+    async def hold(self, timeout_s: float, but: Collection[asyncio.Task[Any] | None] = ()) -> int:
+        """Accept nothing more. Connections between two requests are closed, those that have said
+        nothing yet get a moment to; answers under way are given, and their connections closed, for
+        at most `timeout_s`. Returns how many requests were not answered in time, but those of the
+        tasks in `but`: they go on."""
+        self.held = True
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for task in self._tasks - self._answering - self._fresh:
+            task.cancel()
+        until = asyncio.get_running_loop().time() + timeout_s
+        grace = min(until, asyncio.get_running_loop().time() + limits.HTTP_FRESH_GRACE_S)
+        await self._until(lambda: not self._fresh, grace)
+        for task in self._fresh:
+            task.cancel()
+        await self._until(lambda: not self._answering.difference(but), until)
+        return len(self._answering.difference(but))
+
+    async def _until(self, condition: Callable[[], bool], until: float) -> None:
+        """The condition can only come true when something is less. Gives up at `until`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                while not condition():
+                    self._less.clear()
+                    await self._less.wait()
+
+    async def resume(self) -> None:
+        """Accept again."""
+        self.held = False
+        if self._server is None and self._sock is not None:
+            await self._accept()
+
+    def begun(self) -> None:
+        """The connection of the task that runs has got the first bytes of a request."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._answering.add(task)
+        self._fresh.discard(task)
+        self._less.set()
+
+    def answered(self) -> None:
+        """... and has sent the answer, or will not."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._answering.discard(task)
+        self._fresh.discard(task)
+        self._less.set()
 
     async def close(self) -> None:
+        self._sock = None
         if self._server is not None:
             self._server.close()
         for task in list(self._tasks):
@@ -112,13 +190,15 @@ class HttpServer:
             writer.transport.abort()
             return
         self._tasks.add(task)
+        self._fresh.add(task)
         try:
             await _Conversation(self, reader, writer).run()
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             pass
         except asyncio.CancelledError:
-            # Only close() cancels, and it waits for the transport to go.
-            writer.transport.abort()
+            # Only close() and hold() cancel, and they wait for the transport to go.
+            if not self.held:
+                writer.transport.abort()
         except Exception as fault:  # a fault of ours must not end the server
             self._log.limited(
                 "error", f"{self._name} fault", f"{self._name} fault", error=repr(fault)
@@ -126,6 +206,7 @@ class HttpServer:
             writer.transport.abort()
         finally:
             self._tasks.discard(task)
+            self.answered()
             with contextlib.suppress(OSError, RuntimeError):
                 writer.close()
 
@@ -185,6 +266,7 @@ class _Conversation:
                     return  # nothing was begun, or only a head dribbled in
                 answer = error(408, "too slow")
             await self.write(answer)
+            self.server.answered()
             if self.http.our_state is not h11.DONE or self.http.their_state is not h11.DONE:
                 # MUST_CLOSE, or a request that was refused before it was whole.
                 await self.linger()
@@ -198,6 +280,8 @@ class _Conversation:
         body = bytearray()
         loop = asyncio.get_running_loop()
         begun = bool(self.http.trailing_data[0])
+        if begun:
+            self.server.begun()
         until = loop.time() + (limits.ADMIN_HEAD_TIMEOUT_S if begun else first_wait)
         while True:
             event = self.http.next_event()
@@ -208,6 +292,7 @@ class _Conversation:
                     data = await self.reader.read(READ_BYTES)
                 if not begun and data:
                     begun = True
+                    self.server.begun()
                     until = min(until, loop.time() + limits.ADMIN_HEAD_TIMEOUT_S)
                 self.http.receive_data(data)
             elif isinstance(event, h11.Request):
@@ -240,7 +325,7 @@ class _Conversation:
         if answer.status != 204:  # which has neither (RFC 9110, 8.6)
             headers.append(("content-type", answer.content_type))
             headers.append(("content-length", str(len(answer.body))))
-        if self.http.their_state is not h11.DONE:
+        if self.http.their_state is not h11.DONE or self.server.held:
             headers.append(("connection", "close"))
         if self.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return

@@ -11,11 +11,14 @@ doubles, and stands in the status until it succeeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastmesh import limits
+import msgspec
+
+from fastmesh import limits, saved
 from fastmesh._ext.push import Push
 from fastmesh.mesh import wire as w
 from fastmesh.mesh.registration import Group
@@ -68,6 +71,42 @@ class BrokerLink:
     """Not before then."""
     paused: bool = False
     """It asked for no new requests: suspend, or goaway."""
+    suspended: bool | None = False
+    """What it has taken last: that it pushes nothing. None = it was asked, and nobody knows."""
+    asking: bool = False
+    """Suspend or resume is not answered."""
+    asks_again_ms: int = 0
+    """Not before then."""
+    unasked: str = ""
+    """Why it did not take the last one; "" when it did."""
+
+
+Version = Annotated[int, msgspec.Meta(ge=-1, le=2**63 - 1)]
+
+
+class SavedBrokerLink(msgspec.Struct, gc=False, omit_defaults=True):
+    handle: saved.Handle
+    endpoint: saved.Id
+    state: Literal["hello", "refused", "ready"] = "hello"
+    """A hello that was not answered is said again."""
+    told: Version = -1
+    taken: Version = -1
+    failure: saved.Text = ""
+    failures: saved.Count = 0
+    due_in_ms: saved.Ms = 0
+    paused: bool = False
+    suspended: bool | None = False
+    asks_again_in_ms: saved.Ms = 0
+    unasked: saved.Text = ""
+
+
+class SavedAnnouncer(msgspec.Struct, omit_defaults=True):
+    links: list[SavedBrokerLink] = []
+    version: saved.Count = 0
+    rows: saved.Text = ""
+    """Sum of the subscription with that version."""
+    epoch: saved.Count = 0
+    suspended: bool = False
 
 
 class Announcer:
@@ -101,13 +140,15 @@ class Announcer:
         self._epoch = 0
         self._made: tuple[int, list[dict[str, str]]] = (-1, [])
         self._suspended = False
-        self._unsuspended: set[int] = set()
 
     def __contains__(self, handle: int) -> bool:
         return handle in self._links
 
     def links(self) -> Iterable[BrokerLink]:
         return self._links.values()
+
+    def handles(self) -> list[int]:
+        return list(self._links)
 
     def paused_endpoints(self) -> frozenset[int]:
         """Ids of endpoints that are to get no new requests."""
@@ -121,7 +162,6 @@ class Announcer:
 
     def gone(self, handle: int) -> None:
         link = self._links.pop(handle, None)
-        self._unsuspended.discard(handle)
         if link is not None and link.paused:
             self._paused()
 
@@ -160,22 +200,50 @@ class Announcer:
         self._stale = True
 
     def suspend(self) -> None:
-        """Tell every broker to push nothing more on our connections; for good."""
-        self._suspended = True
-        for link in self._links.values():
-            self._suspend(link)
+        """Every broker is to push nothing more on our connections, those to come included."""
+        self._want(True)
 
-    @property
-    def suspending(self) -> bool:
-        """True while a broker has not answered the suspend."""
-        return bool(self._unsuspended)
+    def resume(self, now_ms: int) -> None:
+        """Brokers may push again. What they are told of groups waits a moment: clients that were
+        out of them are about to be back."""
+        self._want(False)
+        for link in self._links.values():
+            link.due_ms = max(link.due_ms, now_ms + limits.ANNOUNCE_GAP_MS)
+
+    def _want(self, suspended: bool) -> None:
+        self._suspended = suspended
+        for link in self._links.values():
+            link.asks_again_ms = 0
+            link.unasked = ""
+
+    def suspending(self) -> list[str]:
+        """Names of brokers that have not answered the suspend, one way or the other."""
+        return [
+            self._name(link.endpoint_id)
+            for link in self._links.values()
+            if self._suspended and self._differs(link) and not link.unasked
+        ]
+
+    def pushing(self) -> dict[str, str]:
+        """Brokers that were asked to push nothing more and have not agreed -> why."""
+        return {
+            self._name(link.endpoint_id): link.unasked or "no answer yet"
+            for link in self._links.values()
+            if self._suspended and self._differs(link)
+        }
+
+    def _differs(self, link: BrokerLink) -> bool:
+        """Whether it has not taken that it is to push nothing, or may again."""
+        return link.state == "ready" and link.suspended is not self._suspended
 
     def tick(self, now_ms: int) -> None:
         """Say what is due."""
         for link in self._links.values():
+            if self._differs(link) and not link.asking and now_ms >= link.asks_again_ms:
+                self._ask(link)
             if link.under_way or now_ms < link.due_ms:
                 continue
-            if link.state == "refused":
+            if link.state != "ready":
                 self._hello(link)
             elif self._may_need(link):
                 self._announce(link, now_ms)
@@ -183,14 +251,17 @@ class Announcer:
     @property
     def due_ms(self) -> int | None:
         """When `tick` has something to do."""
-        return min(
-            (
-                link.due_ms
-                for link in self._links.values()
-                if not link.under_way and (link.state == "refused" or self._may_need(link))
-            ),
-            default=None,
-        )
+        found = [
+            link.due_ms
+            for link in self._links.values()
+            if not link.under_way and (link.state != "ready" or self._may_need(link))
+        ]
+        found += [
+            link.asks_again_ms
+            for link in self._links.values()
+            if self._differs(link) and not link.asking
+        ]
+        return min(found, default=None)
 
     def _may_need(self, link: BrokerLink) -> bool:
         """Whether it has (perhaps) not heard the newest subscription."""
@@ -206,9 +277,76 @@ class Announcer:
                 "announced": link.taken == self._version and not self._stale,
                 "failure": link.failure,
                 "paused": link.paused,
+                "suspended": link.suspended is True,
             }
             for link in self._links.values()
         ]
+
+    # --- hand-over --------------------------------------------------------------------------------
+
+    def save(self, now_ms: int) -> SavedAnnouncer:
+        """What waits for an answer does not travel: a link is saved in the state in which that is
+        said again, to be taken as new: announces have another epoch."""
+        version, rows = self._version, self._rows
+        if self._stale:
+            # As the next announce would find it: the one who goes on knows only what is.
+            rows = subscription(*self._view())
+            version += rows != self._rows
+        links = [
+            SavedBrokerLink(
+                link.handle,
+                link.endpoint_id,
+                link.state,  # type: ignore[arg-type]  # one of the three
+                -1 if link.under_way else link.told,
+                link.taken,
+                link.failure,
+                link.failures,
+                0 if link.under_way else max(0, link.due_ms - now_ms),
+                link.paused,
+                link.suspended,  # None while the answer is awaited
+                0 if link.asking else max(0, link.asks_again_ms - now_ms),
+                link.unasked,
+            )
+            for link in self._links.values()
+        ]
+        return SavedAnnouncer(links, version, _sum(rows), self._epoch, self._suspended)
+
+    def restore(self, data: object, now_ms: int) -> None:
+        """Go on with the connections of another process, and no others. Registry and live groups
+        are restored before. Nothing is said here; `tick` says what is due. Raises HandoverError,
+        and has to be called again then."""
+        found = saved.read(data, SavedAnnouncer, "brokers")
+        self._links.clear()
+        for item in found.links:
+            if item.told > found.version or item.taken > found.version:
+                right = f"is not above version {found.version}"
+                raise saved.wrong("brokers.links.told", max(item.told, item.taken), right)
+            self._links[item.handle] = BrokerLink(
+                item.handle,
+                item.endpoint,
+                item.state,
+                item.told,
+                item.taken,
+                failure=item.failure,
+                failures=item.failures,
+                due_ms=now_ms + item.due_in_ms,
+                paused=item.paused,
+                suspended=item.suspended,
+                asks_again_ms=now_ms + item.asks_again_in_ms,
+                unasked=item.unasked,
+            )
+        self._rows = subscription(*self._view())
+        # Another version of fastmesh may tell brokers something else of the same groups.
+        self._version = found.version + (_sum(self._rows) != found.rows)
+        self._stale = False
+        self._epoch = found.epoch
+        self._made = (-1, [])
+        self._suspended = found.suspended
+
+    def introduce(self, now_ms: int) -> None:
+        """Say hello on every connection again, and announce after it."""
+        for link in self._links.values():
+            link.state, link.told, link.due_ms = "hello", -1, now_ms
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -229,7 +367,7 @@ class Announcer:
         self._succeeded(link)
         link.state = "ready"
         if self._suspended:
-            self._suspend(link)
+            self._ask(link)
         else:
             self._announce(link, now_ms)
 
@@ -273,15 +411,39 @@ class Announcer:
         for headers in parts:
             self._wire.call(link.handle, headers, answered)
 
-    def _suspend(self, link: BrokerLink) -> None:
-        if link.state != "ready":
-            return
-        self._unsuspended.add(link.handle)
-        self._wire.call(
-            link.handle,
-            {words.OP: words.SUSPEND},
-            lambda found, now_ms: self._unsuspended.discard(link.handle),
-        )
+    def _ask(self, link: BrokerLink) -> None:
+        """Suspend, or resume."""
+        suspended = self._suspended
+        op = words.SUSPEND if suspended else words.RESUME
+        link.asking = True
+        link.suspended = None
+
+        def answered(found: Outcome, now_ms: int) -> None:
+            link.asking = False
+            if self._links.get(link.handle) is not link:
+                return
+            if found.result == words.CONSUMED:
+                link.suspended = suspended
+                link.unasked = ""
+                return
+            if suspended is not self._suspended:
+                return  # the other is due by now
+            wait_ms = limits.CONTROL_RETRY_MS
+            if found.result == words.LATER:
+                asked_ms = words.retry_ms(found.headers)
+                wait_ms = min(limits.CONTROL_RETRY_MS_MAX, max(limits.ANNOUNCE_GAP_MS, asked_ms))
+            else:
+                link.unasked = w.short(found.why)
+            link.asks_again_ms = now_ms + wait_ms
+            self._log.limited(
+                "warning",
+                f"{op} {link.endpoint_id}",
+                f"broker does not take {op}",
+                broker=self._name(link.endpoint_id),
+                reason=w.short(found.why),
+            )
+
+        self._wire.call(link.handle, {words.OP: op}, answered)
 
     def _failed(self, link: BrokerLink, what: str, found: Outcome, now_ms: int) -> None:
         link.failures += 1
@@ -304,3 +466,7 @@ class Announcer:
     def _succeeded(self, link: BrokerLink) -> None:
         link.failures = 0
         link.failure = ""
+
+
+def _sum(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(msgspec.json.encode(rows)).hexdigest()[:32]

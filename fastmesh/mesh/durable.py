@@ -14,9 +14,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from fastmesh import limits
+import msgspec
+
+from fastmesh import limits, saved
 from fastmesh.control.state_dir import StateDir
+from fastmesh.errors import HandoverError
 from fastmesh.mesh.persist import GenerationStore, Loaded, SaveError, Saver
 from fastmesh.mesh.registration import (
     Draft,
@@ -26,12 +30,14 @@ from fastmesh.mesh.registration import (
     Outcome,
     Registration,
     Registry,
+    SavedRegistry,
     decode_state,
     parse,
 )
 from fastmesh.observe.log import Log
 
 STORE_NAME = "registrations"
+UPGRADING = Outcome(503, {"error": "fastmesh is being upgraded: try again"})
 STOPPING = Outcome(503, {"error": "fastmesh is stopping: register again with its successor"})
 
 
@@ -50,6 +56,21 @@ class Figures:
     expired: int = 0
     unsaved: bool = False
     """What is in force is not (known to be) on disk."""
+
+
+class SavedDurable(msgspec.Struct, omit_defaults=True):
+    registry: SavedRegistry = msgspec.field(default_factory=SavedRegistry)
+    saves: saved.Count = 0
+    save_failures: saved.Count = 0
+    load_problems: saved.Count = 0
+    expired: saved.Count = 0
+    unsaved: saved.Count = 0
+    retry_in_ms: saved.Ms = 0
+    retry_s: Annotated[float, msgspec.Meta(gt=0, le=limits.REGISTRATION_RETRY_S_MAX)] = (
+        limits.REGISTRATION_RETRY_S
+    )
+    newest_is_good: bool = False
+    """The newest generation on the disk."""
 
 
 @dataclass(slots=True)
@@ -96,6 +117,10 @@ class DurableRegistry:
         self._load_problems = 0
         self._expired = 0
         self._tasks: list[asyncio.Task[None]] = []
+        self._settling = asyncio.Lock()
+        self._held_ms: int | None = None
+        """Since when nothing changes; None while anything may."""
+        self.abandoned = False
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -124,6 +149,12 @@ class DurableRegistry:
 
     async def close(self) -> None:
         """A save under way ends, who waits is answered, nothing new is taken."""
+        if self.abandoned:
+            for task in self._tasks:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+            return
+        self.thaw()
         self._closing = True
         self._wake.set()
         if self._tasks:
@@ -147,6 +178,77 @@ class DurableRegistry:
             self._unsaved > 0,
         )
 
+    # --- hand-over --------------------------------------------------------------------------------
+
+    async def hold(self, timeout_s: float) -> None:
+        """Until `thaw()` nothing changes and nothing is written: who waits is answered 503, a save
+        under way ends, leases stand still. Raises HandoverError, thawed, when the disk does not
+        answer within `timeout_s`: what is under way there could still overwrite what a successor
+        writes."""
+        self._held_ms = self.clock_ms()
+        waiting, self._waiting = self._waiting, []
+        self._answer([(request, UPGRADING) for request in waiting])
+        try:
+            async with asyncio.timeout(timeout_s):
+                async with self._settling:
+                    await self._saver.idle()
+        except TimeoutError:
+            self.thaw()
+            raise HandoverError(
+                f"registrations are being saved, and the disk of {self.store.path} has not"
+                f" answered for {timeout_s:g} s"
+            ) from None
+        except BaseException:
+            self.thaw()
+            raise
+
+    def thaw(self) -> None:
+        """Go on after `hold()`; the time in between is no time for a lease."""
+        if self._held_ms is None or self.abandoned:
+            return
+        now_ms = self.clock_ms()
+        self.registry.stood_still(now_ms - self._held_ms, now_ms)
+        self._held_ms = None
+        self._wake.set()
+
+    def abandon(self) -> None:
+        """After `hold()`: another process has what was saved. Nothing is ever written again."""
+        assert self._held_ms is not None
+        self.abandoned = True
+        for task in self._tasks:
+            task.cancel()
+        self._saver.abandon()
+
+    def save(self) -> SavedDurable:
+        """What a successor goes on with. Leases have what was left when they were held."""
+        now_ms = self.clock_ms()
+        figures = self.figures()
+        return SavedDurable(
+            self.registry.save(now_ms if self._held_ms is None else self._held_ms),
+            figures.saves,
+            figures.save_failures,
+            figures.load_problems,
+            figures.expired,
+            self._unsaved,
+            max(0, self._retry_at_ms - now_ms),
+            self._retry_s,
+            self.store.newest_is_good,
+        )
+
+    def restore(self, data: object) -> bool:
+        """Instead of `load()`: go on where another process stopped, with the generations on the
+        disk as they are. Twice is as the second time alone. True when the registrations are others
+        than before. Raises HandoverError with nothing changed."""
+        found = saved.read(data, SavedDurable, "registrations")
+        now_ms = self.clock_ms()
+        differs = self.registry.inherit(found.registry, now_ms)
+        self._saver.saves, self._saver.failures = found.saves, found.save_failures
+        self._load_problems, self._expired = found.load_problems, found.expired
+        self._unsaved = found.unsaved
+        self._retry_at_ms, self._retry_s = now_ms + found.retry_in_ms, found.retry_s
+        self.store.newest_is_good = found.newest_is_good
+        return differs
+
     # --- requests ---------------------------------------------------------------------------------
 
     async def register(self, document: bytes) -> Outcome:
@@ -156,7 +258,7 @@ class DurableRegistry:
         except InvalidError as error:
             return error.outcome()
         key = registration.key
-        if not self._pending[key]:
+        if not self._pending[key] and self._held_ms is None:
             standing = self.registry.client(*key)
             if standing is not None and standing.registration.document == registration.document:
                 return self.registry.draft().register(registration, self.clock_ms())
@@ -169,6 +271,8 @@ class DurableRegistry:
     async def _ask(self, key: Key, registration: Registration | None) -> Outcome:
         if self._closing:
             return STOPPING
+        if self._held_ms is not None:
+            return UPGRADING
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._pending[key] += 1
         self._waiting.append(_Request(key, registration, future))
@@ -181,18 +285,23 @@ class DurableRegistry:
         while not self._closing or self._waiting:
             await self._wake.wait()
             self._wake.clear()
-            batch, self._waiting = self._waiting, []
-            if not batch and not self._retry_is_due():
-                continue
-            answers: list[tuple[_Request, Outcome]] = []
-            try:
-                answers = await self._settle(batch)
-            except Exception as fault:  # a fault of ours must not end registration
-                self._log.limited("error", "registration fault", "fault", error=repr(fault))
-                answered = {id(request) for request, _ in answers}
-                fault_outcome = Outcome(500, {"error": "a fault of fastmesh: see its log"})
-                answers += [(r, fault_outcome) for r in batch if id(r) not in answered]
-            self._answer(answers)
+            async with self._settling:
+                if self._held_ms is None:
+                    await self._work_once()
+
+    async def _work_once(self) -> None:
+        batch, self._waiting = self._waiting, []
+        if not batch and not self._retry_is_due():
+            return
+        answers: list[tuple[_Request, Outcome]] = []
+        try:
+            answers = await self._settle(batch)
+        except Exception as fault:  # a fault of ours must not end registration
+            self._log.limited("error", "registration fault", "fault", error=repr(fault))
+            answered = {id(request) for request, _ in answers}
+            fault_outcome = Outcome(500, {"error": "a fault of fastmesh: see its log"})
+            answers += [(r, fault_outcome) for r in batch if id(r) not in answered]
+        self._answer(answers)
 
     async def _settle(self, batch: list[_Request]) -> list[tuple[_Request, Outcome]]:
         draft = self.registry.draft()
@@ -249,6 +358,8 @@ class DurableRegistry:
 
     def look(self, now_ms: int, gap_ms: int) -> None:
         """Expire; `gap_ms` after the last look. Called once a second by `start()`'s ticker."""
+        if self._held_ms is not None:
+            return  # nobody can renew now: the clock of the leases stands still
         if gap_ms > limits.REGISTRATION_STALL_S * 1000:
             self.registry.give_back(gap_ms)
             self._log.warning("leases lengthened", reason="this process did not run", ms=gap_ms)

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from fastmesh import limits
+import msgspec
+
+from fastmesh import limits, saved
 from fastmesh._ext import push
 from fastmesh._ext.push import Push
 from fastmesh.mesh import wire as w
@@ -54,6 +56,48 @@ class PeerClient:
     told: int = -1
 
 
+Names = Annotated[list[saved.Text], msgspec.Meta(max_length=limits.SAVED_NAMES_MAX)]
+
+
+class SavedPart(msgspec.Struct, gc=False):
+    """Of an announce that is not whole."""
+
+    epoch: saved.Count
+    groups: Names
+    part: Annotated[int, msgspec.Meta(ge=1, le=limits.ANNOUNCE_PARTS_MAX)]
+    parts: Annotated[int, msgspec.Meta(ge=1, le=limits.ANNOUNCE_PARTS_MAX)]
+
+
+class SavedPeerLink(msgspec.Struct, gc=False, omit_defaults=True):
+    handle: saved.Handle
+    endpoint: saved.Id
+    met: bool = False
+    due_in_ms: saved.Ms | None = None
+    """0 when its hello was not answered: it is said again."""
+    heard_ms_ago: saved.Ms = 0
+    epoch: Annotated[int, msgspec.Meta(ge=-1, le=limits.NUMBER_MAX)] = -1
+    parts: Annotated[list[SavedPart], msgspec.Meta(max_length=limits.ANNOUNCE_PARTS_MAX)] = []
+    groups: Names = []
+    failure: saved.Text = ""
+
+
+class SavedPeerClient(msgspec.Struct, gc=False, omit_defaults=True):
+    handle: saved.Handle
+    node: saved.Text = ""
+    due_in_ms: saved.Ms = 0
+    told: Annotated[int, msgspec.Meta(ge=-1)] = -1
+
+
+class SavedPeers(msgspec.Struct, omit_defaults=True):
+    links: list[SavedPeerLink] = []
+    clients: list[SavedPeerClient] = []
+    version: saved.Count = 0
+    epoch: saved.Count = 0
+    leaving: bool = False
+    seen: Names = []
+    changed: bool = False
+
+
 class Peers:
     """All connections with other nodes."""
 
@@ -84,9 +128,14 @@ class Peers:
         self._seen: frozenset[str] = frozenset()
         """Groups that were alive when peers were last told."""
         self._changed = False
+        self._untold = False
+        """The engine is to be told again what peers serve."""
 
     def __contains__(self, handle: int) -> bool:
         return handle in self._links or handle in self._clients
+
+    def handles(self) -> list[int]:
+        return [*self._links, *self._clients]
 
     # --- connections that we dialled --------------------------------------------------------------
 
@@ -214,8 +263,18 @@ class Peers:
         self._leaving = True
         self._version += 1
 
+    def stay(self) -> None:
+        """`leave` is taken back."""
+        self._leaving = False
+        self._version += 1
+
     def tick(self, now_ms: int) -> None:
         """Say and forget what is due."""
+        if self._untold:
+            self._untold = False
+            for link in self._links.values():
+                if link.told is None and link.groups:
+                    self._tell(link)
         if self._changed:
             self._changed = False
             now = frozenset(self._live())
@@ -252,7 +311,7 @@ class Peers:
     @property
     def due_ms(self) -> int | None:
         """When `tick` has something to do."""
-        found = [0] if self._changed else []
+        found = [0] if self._changed or self._untold else []
         found += [
             0 if client.told != self._version else client.due_ms
             for client in self._clients.values()
@@ -279,6 +338,85 @@ class Peers:
     def serving(self, group: str) -> list[str]:
         """Peers that have a live consumer of a group."""
         return [self._name(x.endpoint_id) for x in self._links.values() if group in x.groups]
+
+    # --- hand-over --------------------------------------------------------------------------------
+
+    def save(self, now_ms: int) -> SavedPeers:
+        links = []
+        for link in self._links.values():
+            due_ms = link.due_ms
+            if due_ms is None and not link.met:
+                due_ms = now_ms  # who waits for the answer to hello does not travel
+            links.append(
+                SavedPeerLink(
+                    link.handle,
+                    link.endpoint_id,
+                    link.met,
+                    None if due_ms is None else max(0, due_ms - now_ms),
+                    max(0, now_ms - link.heard_ms),
+                    link.parts.epoch,
+                    [
+                        SavedPart(p.epoch, [row.group for row in p.rows], p.part, p.parts)
+                        for p in link.parts.parts()
+                    ],
+                    sorted(link.groups),
+                    link.failure,
+                )
+            )
+        clients = [
+            SavedPeerClient(c.handle, c.node, max(0, c.due_ms - now_ms), c.told)
+            for c in self._clients.values()
+        ]
+        return SavedPeers(
+            links,
+            clients,
+            self._version,
+            self._epoch,
+            self._leaving,
+            sorted(self._seen),
+            self._changed,
+        )
+
+    def restore(self, data: object, ids: Mapping[str, int], now_ms: int) -> None:
+        """Go on with the connections of another process, and no others; `ids`: the numbers of
+        groups in its last snapshot. Nothing is said here; `tick` does. What peers serve the engine
+        is told once more: that is the same or it is needed. Raises HandoverError, and has to be
+        called again then."""
+        found = saved.read(data, SavedPeers, "peers")
+        self._ids = dict(ids)
+        self._links.clear()
+        self._clients.clear()
+        for item in found.links:
+            parts = [
+                Announce(p.epoch, tuple(Row(name, "") for name in p.groups), p.part, p.parts)
+                for p in item.parts
+            ]
+            try:
+                assembler = Assembler.going_on(item.epoch, parts)
+            except ValueError as error:
+                raise saved.wrong("peers.links.parts", len(parts), str(error)) from None
+            self._links[item.handle] = PeerLink(
+                item.handle,
+                item.endpoint,
+                item.met,
+                None if item.due_in_ms is None else now_ms + item.due_in_ms,
+                now_ms - item.heard_ms_ago,
+                assembler,
+                frozenset(item.groups),
+                failure=item.failure,
+            )
+        for one in found.clients:
+            due_ms = now_ms + one.due_in_ms
+            self._clients[one.handle] = PeerClient(one.handle, one.node, due_ms, one.told)
+        self._version, self._epoch = found.version, found.epoch
+        self._leaving, self._changed = found.leaving, found.changed
+        self._seen = frozenset(found.seen)
+        self._untold = any(link.groups for link in self._links.values())
+
+    def introduce(self, now_ms: int) -> None:
+        """Say hello on every connection that we dialled again."""
+        for link in self._links.values():
+            link.met, link.due_ms = False, now_ms
 
     def _frames(self) -> list[bytes]:
         self._epoch += 1

@@ -89,8 +89,9 @@ class GenerationStore:
         self.previous = f"{name}.state.previous"
         self.temporary = f"{name}.state.new"
         self._bytes_max = bytes_max
-        self._newest_is_good = False
-        """Only a good generation may become the previous one."""
+        self.newest_is_good = False
+        """Only a good generation may become the previous one. False until one was loaded or saved,
+        here or by the process whose store this goes on with."""
         try:
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
             self._directory = os.open(self.path, flags)
@@ -123,7 +124,7 @@ class GenerationStore:
                 reason = error.strerror if isinstance(error, OSError) else str(error)
                 problems.append(f"{name}: {reason}")
                 continue
-            self._newest_is_good = source == "newest"
+            self.newest_is_good = source == "newest"
             return Loaded(value, source, tuple(problems), len(payload))
         if problems == [f"{self.newest} is missing"]:
             problems = []  # nothing was ever saved
@@ -156,7 +157,7 @@ class GenerationStore:
             # A failed fsync is not tried again on the same file: the kernel may have dropped the
             # pages and call them clean. The next save begins with a new file.
             self._write(pack(payload))
-            if self._newest_is_good:
+            if self.newest_is_good:
                 kept_by_rename = self._keep_newest()
             self._rename(self.temporary, self.newest)
         except BaseException:
@@ -166,7 +167,7 @@ class GenerationStore:
             with contextlib.suppress(OSError):
                 self._remove(self.temporary)
             raise
-        self._newest_is_good = True
+        self.newest_is_good = True
         os.fsync(self._directory)
 
     def _write(self, data: bytes) -> None:
@@ -299,6 +300,16 @@ class Saver:
 
         threading.Thread(target=work, name="fastmesh-save", daemon=True).start()
         return future
+
+    async def idle(self) -> None:
+        """Until no save is under way, not even one that nobody waits for any more."""
+        if self._running is not None:
+            await asyncio.wait([self._running])
+
+    def abandon(self) -> None:
+        """Another process goes on with the store; no save is under way (`idle`), and none that is
+        begun after this can reach a file."""
+        self._store.close()
 
     async def close(self, timeout_s: float = limits.REGISTRATION_SAVE_TIMEOUT_S) -> None:
         """Wait for a save under way, and give the store back unless the disk hangs."""

@@ -16,25 +16,32 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
-from fastmesh import limits
+import msgspec
+
+from fastmesh import limits, saved
 from fastmesh.address import Address
 from fastmesh.config import Config
 from fastmesh.control.snapshot import Compiled, MeshView
 from fastmesh.control.state_dir import StateDir
-from fastmesh.errors import EngineError, FastmeshError
-from fastmesh.mesh.durable import DurableRegistry
+from fastmesh.errors import FastmeshError, HandoverError
+from fastmesh.mesh.durable import DurableRegistry, SavedDurable
 from fastmesh.mesh.persist import GenerationStore, Saver
-from fastmesh.mesh.push import Event, PushControl
+from fastmesh.mesh.push import Event, PushControl, SavedControl
 from fastmesh.mesh.registration import Change
-from fastmesh.mesh.sources import Brokers, Scheduled, Schedules
+from fastmesh.mesh.sources import (
+    Brokers,
+    SavedBrokers,
+    SavedSchedule,
+    Scheduled,
+    Schedules,
+)
 from fastmesh.mesh.topology import Rates, topology
-from fastmesh.mesh.wire import EngineWire
+from fastmesh.mesh.wire import EngineWire, SavedWire
 from fastmesh.observe.log import Log
-from fastmesh.observe.readings import Readings, poll
+from fastmesh.observe.readings import Readings
 
 RING_FULL_WAIT_S = 0.005
 FAULT_WAIT_S = 1.0
-LEAVE_LOOK_S = 0.02
 STORE_NAME = "schedule"
 
 
@@ -42,8 +49,24 @@ def monotonic_ms() -> int:
     return time.monotonic_ns() // 1_000_000
 
 
+class SavedPlane(msgspec.Struct, omit_defaults=True):
+    durable: SavedDurable = msgspec.field(default_factory=SavedDurable)
+    brokers: SavedBrokers = msgspec.field(default_factory=SavedBrokers)
+    schedule: SavedSchedule = msgspec.field(default_factory=SavedSchedule)
+    schedule_newest_is_good: bool = False
+    """Of the generations on the disk."""
+    control: SavedControl = msgspec.field(default_factory=SavedControl)
+    wire: SavedWire = msgspec.field(default_factory=SavedWire)
+    asked: bool = False
+    """For a snapshot that was not made."""
+
+
 class Plane:
     """`open()`, `attach()` an engine, `start()` ... `detach()`, `close()`.
+
+    The one that gives everything to a successor: `hold()`, `save()`, `still()`, `save()`, then
+    `abandon()`, or `thaw()` at any time before. The successor: `restore()` instead of `open()`,
+    once more with what was saved last, then as ever.
 
     `put_in_force` compiles and publishes a snapshot. It raises FastmeshError or BlockingIOError
     when that fails, and is called again.
@@ -86,6 +109,16 @@ class Plane:
         self._rates = Rates()
         self._compiled: Compiled | None = None
         self._wake = asyncio.Event()
+        self._held = False
+        self._free = asyncio.Event()
+        self._free.set()
+        """Not held."""
+        self._making = False
+        """A snapshot is asked for and not in force yet."""
+        self._looking = asyncio.Lock()
+        """At files."""
+        self._stilled: Any = None
+        self._restored: tuple[SavedBrokers, SavedSchedule] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -108,6 +141,105 @@ class Plane:
             keep=self._saver.save,
         )
 
+    # --- hand-over --------------------------------------------------------------------------------
+
+    async def hold(self, timeout_s: float = limits.HANDOVER_HOLD_S) -> None:
+        """Until `thaw()` nothing changes but connections: no registration (503), no schedule (503),
+        no look at a file, no lease that runs out; what of these is under way ends. Control frames
+        are answered as ever. No snapshot is begun; one that is being put in force is waited for by
+        who calls this, with the lock that `put_in_force` takes. Raises HandoverError, thawed, when
+        something does not end within `timeout_s`."""
+        self._held = True
+        self._free.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.durable.hold(timeout_s)
+                await self.schedules.hold()
+                await self._saver.idle()
+                async with self._looking:
+                    pass
+        except TimeoutError:
+            self.thaw()
+            raise HandoverError(
+                f"a file or a save did not come to its end within {timeout_s:g} s"
+            ) from None
+        except BaseException:
+            self.thaw()
+            raise
+
+    def still(self) -> None:
+        """Nothing is handed to the engine any more: it is about to save itself. What is said from
+        now on is part of what `save()` gives. Events are taken as ever."""
+        if self.wire.attached:
+            self._stilled = self.wire.detach()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def thaw(self) -> None:
+        """Take `still()` and `hold()` back."""
+        if self._stilled is not None:
+            self.wire.attach(self._stilled)
+            self._stilled = None
+        self.schedules.thaw()
+        self.durable.thaw()
+        self._held = False
+        self._free.set()
+        if self.wire.attached:
+            self.settle()
+
+    def abandon(self) -> None:
+        """After `hold()`: another process goes on with what was saved. Nothing is written here any
+        more, no snapshot made, no registration taken; connections that are still here go on."""
+        assert self._held
+        self.durable.abandon()
+        self._saver.abandon()
+
+    def save(self) -> SavedPlane:
+        """What a successor goes on with; after `hold()`."""
+        return SavedPlane(
+            self.durable.save(),
+            self.brokers.save(),
+            self.schedules.save(),
+            self._store.newest_is_good,
+            self.control.save(self._clock_ms()),
+            self.wire.save(),
+            self._wake.is_set() or self._making,
+        )
+
+    def restore(self, data: object) -> bool:
+        """Instead of `open()`, before the first `view()`: go on where another process stopped.
+        Files are read as at a start; what was registered and put comes from `data`, the generations
+        on the disk stay as they are. Once more with what was saved last, before `attach()`: as if
+        only that had been restored. True when a snapshot made in between is not all that is needed:
+        `ask_snapshot()`. Raises HandoverError, ConfigError."""
+        assert self.config.push is not None
+        found = saved.read(data, SavedPlane, "mesh")
+        paused = self.control.announcer.paused_endpoints()
+        differs = self.durable.restore(found.durable)
+        if self._restored != (found.brokers, found.schedule):
+            differs |= self._restored is not None
+            self.brokers = Brokers(self.config.push, self._log, found.brokers)
+            self.schedules = Schedules(
+                self._log,
+                node=self.config.node.name,
+                file=self.config.push.schedule_file,
+                stored=None,
+                keep=self._saver.save,
+                last=found.schedule,
+            )
+            self._restored = (found.brokers, found.schedule)
+        self._store.newest_is_good = found.schedule_newest_is_good
+        self.control.restore(found.control, self._clock_ms())
+        self.wire.restore(found.wire)
+        return differs or found.asked or paused != self.control.announcer.paused_endpoints()
+
+    def forget_connections(self) -> None:
+        """After `restore()`, when no connection came: who was registered stays, for a whole lease
+        if it was connected."""
+        self.control.forget_connections(self._clock_ms())
+        self.wire.clear()
+
     def attach(self, engine: Any, readings: Readings) -> None:
         """The engine that runs the snapshot made of `view()`."""
         self.wire.attach(engine)
@@ -122,7 +254,8 @@ class Plane:
 
     async def detach(self) -> None:
         """Nothing is said to the engine any more: it is going to stop."""
-        self.wire.attach(None)
+        self.wire.detach()
+        self._stilled = None
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
@@ -133,7 +266,8 @@ class Plane:
 
     async def close(self) -> None:
         await self.durable.close()
-        await self._saver.close()
+        if not self.durable.abandoned:
+            await self._saver.close()
 
     # --- snapshots --------------------------------------------------------------------------------
 
@@ -164,9 +298,12 @@ class Plane:
     async def _make_snapshots(self) -> None:
         while True:
             await self._wake.wait()
-            self._wake.clear()
+            while self._held:
+                await self._free.wait()
             began = time.monotonic()
             try:
+                self._wake.clear()
+                self._making = True
                 await self._put_in_force()
                 self.failure = ""
             except (FastmeshError, BlockingIOError) as error:
@@ -178,6 +315,8 @@ class Plane:
                 self.failure = repr(fault)
                 self._log.limited("error", "mesh fault", "no new snapshot", error=self.failure)
                 self._wake.set()
+            finally:
+                self._making = False
             # However large the mesh is, most of this thread's time is left for everything else.
             took_s = time.monotonic() - began
             await asyncio.sleep(max(limits.COMPILE_GAP_S, 2 * took_s))
@@ -187,9 +326,12 @@ class Plane:
         while True:
             await asyncio.sleep(limits.WATCH_INTERVAL_S)
             try:
-                changed = await self.brokers.poll()
-                if await self.schedules.poll() or changed:
-                    self.ask_snapshot()
+                async with self._looking:
+                    if self._held:
+                        continue
+                    changed = await self.brokers.poll()
+                    if await self.schedules.poll() or changed:
+                        self.ask_snapshot()
             except Exception as fault:  # a fault of ours must not end the watch
                 self._log.limited("error", "mesh fault", "files not looked at", error=repr(fault))
 
@@ -252,27 +394,40 @@ class Plane:
         self.control.registered(change)
         self.settle()
 
-    async def leave(self, timeout_s: float) -> None:
-        """Brokers push nothing more, peers forward nothing more, what was pushed is answered (all
-        of it within `timeout_s`), and clients hear that they will be let go."""
-        until = time.monotonic() + timeout_s
-        self.control.leave()
-        self.settle()
-        try:
-            with contextlib.suppress(EngineError):
-                await poll(lambda: not self.control.leaving, "brokers", timeout_s)
-            await self._deliveries_done(until)
-        finally:
-            self.control.goaway()
-            self.settle()
+    # --- leaving (fastmesh.handover.drain says when) ----------------------------------------------
 
-    async def _deliveries_done(self, until: float) -> None:
-        while time.monotonic() < until:
-            reading = await self._readings.counters()
-            rows = self._compiled.group_rows.values() if self._compiled else ()
-            if not any(reading.value(row, "pushes.in_flight") for row in set(rows)):
-                return
-            await asyncio.sleep(LEAVE_LOOK_S)
+    def suspend_pushes(self) -> None:
+        """Brokers are to push nothing more, peers to forward nothing more."""
+        self.control.suspend()
+        self.settle()
+
+    def resume_pushes(self) -> None:
+        """`suspend_pushes` and `close_groups` are taken back."""
+        self.control.resume(self._clock_ms())
+        self.settle()
+        self.ask_snapshot()
+
+    def suspending(self) -> list[str]:
+        """Names of brokers that have not answered the suspend."""
+        return self.control.announcer.suspending()
+
+    def pushing(self) -> dict[str, str]:
+        """Brokers that have not agreed to push nothing more -> why."""
+        return self.control.announcer.pushing()
+
+    def close_groups(self) -> None:
+        """No delivery goes to a client any more, once the engine has done it."""
+        self.control.close_groups()
+        self.settle()
+
+    def goaway(self) -> None:
+        """Clients hear that they will be let go."""
+        self.control.goaway()
+        self.settle()
+
+    def is_said(self) -> bool:
+        """The engine has been handed all that was to be said to it."""
+        return self.wire.flush()
 
     # --- what others ask --------------------------------------------------------------------------
 

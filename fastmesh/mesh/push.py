@@ -11,15 +11,17 @@ to a `Wire`, and `due_ms` tells when `tick` has something to do.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from fastmesh import limits
+import msgspec
+
+from fastmesh import limits, saved
 from fastmesh._ext import push
 from fastmesh.control.snapshot import Compiled, GroupView
-from fastmesh.mesh.announce import Announcer
-from fastmesh.mesh.peers import Peers
+from fastmesh.mesh.announce import Announcer, SavedAnnouncer
+from fastmesh.mesh.peers import Peers, SavedPeers
 from fastmesh.mesh.registration import Change, Group
-from fastmesh.mesh.sessions import Clients, Sessions
+from fastmesh.mesh.sessions import Clients, SavedSessions, Sessions
 from fastmesh.mesh.wire import Wire, answer
 from fastmesh.observe.log import Log
 from fastmesh.protocols import push as words
@@ -49,6 +51,27 @@ class Event(Protocol):
     def data(self) -> bytes: ...
 
 
+Number = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+
+
+class SavedControl(msgspec.Struct, omit_defaults=True):
+    kinds: dict[saved.Id, saved.Text] = {}
+    """Of the last snapshot: id of a listener or endpoint -> push | forward | brokers | peers."""
+    groups: Annotated[
+        dict[saved.Text, saved.GroupId], msgspec.Meta(max_length=limits.GROUP_ID_MAX)
+    ] = {}
+    """Of the last snapshot."""
+    live: Annotated[
+        dict[saved.Text, tuple[Number, Number]], msgspec.Meta(max_length=limits.GROUP_ID_MAX)
+    ] = {}
+    node: saved.Text = ""
+    app: saved.Text = ""
+    """Who brokers and peers were told that this is."""
+    sessions: SavedSessions = msgspec.field(default_factory=SavedSessions)
+    announcer: SavedAnnouncer = msgspec.field(default_factory=SavedAnnouncer)
+    peers: SavedPeers = msgspec.field(default_factory=SavedPeers)
+
+
 class PushControl:
     """`recompile` asks for a new snapshot, soon and folded; `name` turns the id of an endpoint into
     its name."""
@@ -69,6 +92,7 @@ class PushControl:
         self._wire = wire
         self._log = log
         self._recompile = recompile
+        self._identity = (node, app)
         self._kinds: dict[int, str] = {}
         self._kept: set[int] = set()
         self._names: dict[int, str] = {}
@@ -194,19 +218,68 @@ class PushControl:
             for g in self._registry.groups().values()
         )
 
-    def leave(self) -> None:
+    def suspend(self) -> None:
         """Nothing more is to be pushed to this node: brokers and peers are told."""
         self.announcer.suspend()
         self.peers.leave()
+
+    def resume(self, now_ms: int) -> None:
+        """`suspend` and `close_groups` are taken back."""
+        self.sessions.open_groups()
+        self.announcer.resume(now_ms)
+        self.peers.stay()
+
+    def close_groups(self) -> None:
+        """Whatever is pushed from now on is refused: nobody here is in a group."""
+        self.sessions.close_groups()
 
     def goaway(self) -> None:
         """Clients are told to ask nothing new: what follows is the end of their connections."""
         self.sessions.goaway("stopping")
 
-    @property
-    def leaving(self) -> bool:
-        """True while a broker has not answered."""
-        return self.announcer.suspending
+    # --- hand-over --------------------------------------------------------------------------------
+
+    def save(self, now_ms: int) -> SavedControl:
+        return SavedControl(
+            {number: self._kinds[number] for number in self._kept},
+            {name: number for number, name in self._names.items()},
+            dict(self.live),
+            *self._identity,
+            self.sessions.save(now_ms),
+            self.announcer.save(now_ms),
+            self.peers.save(now_ms),
+        )
+
+    def restore(self, data: object, now_ms: int) -> None:
+        """Go on with the connections of another process, and no others, before the first
+        `compiled`; the registry is restored before. Twice is as the second time alone. Raises
+        HandoverError, and has to be called again then."""
+        found = saved.read(data, SavedControl, "control")
+        self._kinds = dict(found.kinds)
+        self._kept = set(found.kinds)
+        self._names = {number: name for name, number in found.groups.items()}
+        self.live.clear()
+        self.live.update(found.live)
+        self.sessions.restore(found.sessions, found.groups, now_ms)
+        self.announcer.restore(found.announcer, now_ms)
+        self.peers.restore(found.peers, found.groups, now_ms)
+        if (found.node, found.app) not in (("", ""), self._identity):
+            # Configured otherwise now: brokers and peers hear who it is.
+            self.announcer.introduce(now_ms)
+            self.peers.introduce(now_ms)
+
+    def forget_connections(self, now_ms: int) -> None:
+        """None of the connections that were restored has come: all of them are gone."""
+        for session in list(self.sessions.all()):
+            self.sessions.gone(session.handle, now_ms)
+        for handle in self.announcer.handles() + self.peers.handles():
+            self.announcer.gone(handle)
+            self.peers.gone(handle)
+        self.live.clear()
+        self.announcer.changed()
+        self.peers.changed()
+
+    # --- time -------------------------------------------------------------------------------------
 
     def tick(self, now_ms: int) -> None:
         """Say what is due."""

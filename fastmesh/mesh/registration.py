@@ -29,13 +29,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
-from fastmesh import limits
+from fastmesh import limits, saved
 from fastmesh.document import MISSING, Problems, Table, read_json
-from fastmesh.errors import Problem
+from fastmesh.errors import HandoverError, Problem
 from fastmesh.protocols.push import (
     BROADCAST,
     CLUSTER,
@@ -188,6 +188,10 @@ class InvalidError(ValueError):
 
 def parse(document: bytes) -> Registration:
     """Check the body of POST /v1/registrations. Raises InvalidError."""
+    return _parsed(document, _Table)
+
+
+def _parsed(document: bytes, of: type[_Table]) -> Registration:
     problems = Problems()
     if len(document) > limits.REGISTRATION_BODY_BYTES_MAX:
         most = limits.REGISTRATION_BODY_BYTES_MAX
@@ -196,7 +200,7 @@ def parse(document: bytes) -> Registration:
     tree = read_json(document, problems, "app, client, topics and groups")
     if problems.count:
         raise InvalidError(problems)
-    return _checked(_Table(tree, "", problems))
+    return _checked(of(tree, "", problems))
 
 
 class _Table(Table):
@@ -217,7 +221,14 @@ class _Table(Table):
             self.known.append(key)
             return
         for table in self.tables(key, limits.REGISTRATION_GROUPS_MAX, what=what):
-            yield _Table(table.tree, table.path, table.problems)
+            yield type(self)(table.tree, table.path, table.problems)
+
+
+class _SavedTable(_Table):
+    """As another version of fastmesh wrote it: what is not known here is passed over."""
+
+    def done(self) -> None:
+        pass
 
 
 def is_name(text: str) -> bool:
@@ -379,6 +390,18 @@ _STATE_FRAME_BYTES = len(_state(()))
 # --- the registry ---------------------------------------------------------------------------------
 
 
+class SavedClient(msgspec.Struct, gc=False):
+    document: msgspec.Raw
+    """The registration."""
+    remaining_ms: saved.Ms = 0
+    """Of its lease; one with live connections gets a whole one when the last of them ends."""
+
+
+class SavedRegistry(msgspec.Struct, omit_defaults=True):
+    generation: saved.Count = 0
+    clients: Annotated[list[SavedClient], msgspec.Meta(max_length=limits.REGISTRATIONS_MAX)] = []
+
+
 @dataclass(slots=True)
 class _Lease:
     registration: Registration
@@ -492,11 +515,11 @@ class Registry:
         lease.expires_ms = now_ms + lease.registration.lease_ms
         return True
 
-    def hold(self, app: str, client: str) -> None:
-        """A connection of this client is live: its lease does not run until the same number of
-        `release` calls. Also before it registers."""
+    def hold(self, app: str, client: str, connections: int = 1) -> None:
+        """A connection of this client is live (or so many): its lease does not run until the same
+        number of `release` calls. Also before it registers."""
         key = Key(app, client)
-        self._connections[key] = self._connections.get(key, 0) + 1
+        self._connections[key] = self._connections.get(key, 0) + connections
 
     def release(self, app: str, client: str, now_ms: int) -> None:
         """A connection of this client is gone; with the last one its lease starts anew."""
@@ -525,6 +548,66 @@ class Registry:
         """Lengthen every lease: nobody could renew it while this process did not run."""
         for lease in self._leases.values():
             lease.expires_ms += gap_ms
+
+    def stood_still(self, gap_ms: int, now_ms: int) -> None:
+        """As `give_back`, but no lease gets longer than it was given: some may have begun within
+        the gap."""
+        for lease in self._leases.values():
+            lease.expires_ms = min(lease.expires_ms + gap_ms, now_ms + lease.registration.lease_ms)
+
+    # --- hand-over --------------------------------------------------------------------------------
+
+    def save(self, now_ms: int) -> SavedRegistry:
+        """Who is registered, and what is left of the leases. Connections are not part of it: who
+        takes over the connections holds for them."""
+        return SavedRegistry(
+            self.generation,
+            [
+                SavedClient(
+                    msgspec.Raw(lease.registration.document),
+                    min(max(0, lease.expires_ms - now_ms), lease.registration.lease_ms),
+                )
+                for _, lease in sorted(self._leases.items())
+            ],
+        )
+
+    def inherit(self, data: object, now_ms: int) -> bool:
+        """Become what another process saved: its leases go on with what was left of them, and
+        nobody holds one. True when somebody else is registered now, or otherwise; `on_change` is
+        not called. Raises HandoverError with nothing changed."""
+        found = saved.read(data, SavedRegistry, "registrations")
+        standing = {x.registration.document: x.registration for x in self._leases.values()}
+        known: list[tuple[Registration, int]] = []
+        for at, item in enumerate(found.clients):
+            document = bytes(item.document)
+            registration = standing.get(document)
+            if registration is None:
+                try:
+                    registration = _parsed(document, _SavedTable)
+                except InvalidError as error:
+                    first = error.problems[0]
+                    raise saved.wrong(
+                        f"registrations.clients[{at}].document.{first.path}",
+                        first.value,
+                        first.message,
+                    ) from None
+            known.append((registration, item.remaining_ms))
+        same = len(known) == len(standing) and all(r.document in standing for r, _ in known)
+        if not same:
+            fresh = Registry()
+            try:
+                fresh.restore((registration for registration, _ in known), now_ms)
+            except ValueError as error:
+                raise HandoverError(f"registrations: {error}") from None
+            self._leases, self._per_app = fresh._leases, fresh._per_app
+            self._members, self._groups = fresh._members, fresh._groups
+            self._document_bytes = fresh._document_bytes
+        for registration, remaining_ms in known:
+            lease = self._leases[registration.key]
+            lease.expires_ms = now_ms + min(remaining_ms, registration.lease_ms)
+        self._connections.clear()
+        self.generation = found.generation
+        return not same
 
     # --- inside -----------------------------------------------------------------------------------
 

@@ -35,6 +35,13 @@ class RegistrationServer:
     async def start(self, sock: socket.socket) -> None:
         await self._server.start(sock)
 
+    async def hold(self, timeout_s: float) -> int:
+        """As HttpServer.hold."""
+        return await self._server.hold(timeout_s)
+
+    async def resume(self) -> None:
+        await self._server.resume()
+
     async def close(self) -> None:
         await self._server.close()
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from fastmesh import limits
+import msgspec
+
+from fastmesh import limits, saved
 from fastmesh._ext import push
 from fastmesh._ext.push import Push
 from fastmesh.mesh import wire as w
@@ -28,7 +30,7 @@ class Clients(Protocol):
     """The part of the registry that is asked here."""
 
     def client(self, app: str, client: str) -> Client | None: ...
-    def hold(self, app: str, client: str) -> None: ...
+    def hold(self, app: str, client: str, connections: int = 1) -> None: ...
     def release(self, app: str, client: str, now_ms: int) -> None: ...
 
 
@@ -51,6 +53,40 @@ class Session:
     """... or then."""
 
 
+Prefetch = Annotated[int, msgspec.Meta(ge=0, le=limits.PREFETCH_MAX)]
+Groups = Annotated[dict[saved.Text, Prefetch | None], msgspec.Meta(max_length=limits.GROUPS_MAX)]
+
+
+class SavedAsked(msgspec.Struct, gc=False):
+    """All that the answer to a request needs of it."""
+
+    id: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**32 - 1)]
+    hint: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+
+
+class SavedSession(msgspec.Struct, gc=False, omit_defaults=True):
+    handle: saved.Handle
+    app: saved.Text = ""
+    client: saved.Text = ""
+    """Both "" until its hello was accepted."""
+    wanted: Groups = {}
+    has: Annotated[
+        list[tuple[saved.GroupId, Prefetch]], msgspec.Meta(max_length=limits.GROUPS_MAX)
+    ] = []
+    suspended: bool = False
+    leaving: bool = False
+    waiting: SavedAsked | None = None
+    waits_ms: saved.Ms = 0
+
+
+class SavedSessions(msgspec.Struct, omit_defaults=True):
+    sessions: Annotated[list[SavedSession], msgspec.Meta(max_length=limits.SAVED_NAMES_MAX)] = []
+    stale: list[saved.Handle] = []
+    """Whose registration changed since the last snapshot."""
+    closed: bool = False
+    going: saved.Text = ""
+
+
 class Sessions:
     """All client connections of this node."""
 
@@ -63,6 +99,12 @@ class Sessions:
         self._of_group: dict[str, set[int]] = {}
         self._stale: set[int] = set()
         self._waiting: set[int] = set()
+        self._restored: dict[int, SavedSession] = {}
+        """What was restored, until something happens here."""
+        self._closed = False
+        """No connection is in a group, whatever it wants."""
+        self._going = ""
+        """Why connections are about to be closed; "" when they are not."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -76,21 +118,21 @@ class Sessions:
     # --- from the engine --------------------------------------------------------------------------
 
     def opened(self, handle: int) -> None:
+        self._restored = {}
         self._sessions[handle] = Session(handle)
 
     def gone(self, handle: int, now_ms: int) -> None:
+        self._restored = {}
         session = self._sessions.pop(handle, None)
         if session is None:
             return
-        self._waiting.discard(handle)
-        self._stale.discard(handle)
-        self._want(session, {})
+        self._forget(session)
         if session.key is not None:
-            _drop(self._of_client, session.key, handle)
             self._registry.release(*session.key, now_ms)
 
     def frame(self, handle: int, asked: Push, now_ms: int) -> None:
         """A control frame. Exactly one reply, now or when its groups are compiled."""
+        self._restored = {}
         session = self._sessions.get(handle)
         if session is None:
             return
@@ -165,6 +207,10 @@ class Sessions:
             self._refuse(session, asked, reason)
         elif session.leaving:
             self._refuse(session, asked, "this connection has said goaway")
+        elif self._going:
+            retry_ms = limits.CONTROL_RETRY_MS
+            said = words.answer(words.LATER, self._going, retry_ms=retry_ms)
+            self._answer(session, asked, said)
         else:
             self._want(session, wanted)
             if asked.kind == "request":
@@ -184,6 +230,7 @@ class Sessions:
 
     def compiled(self, ids: Mapping[str, int]) -> None:
         """The numbers of groups in the snapshot that was just published."""
+        self._restored = {}
         before, self._ids = self._ids, dict(ids)
         for name in before.keys() | ids.keys():
             if before.get(name) != ids.get(name):
@@ -192,8 +239,28 @@ class Sessions:
         for handle in sorted(stale | self._waiting):
             self._tell(self._sessions[handle])
 
+    def close_groups(self) -> None:
+        """Every connection leaves its groups, and gets no delivery any more; what each wants is
+        remembered. Twice is once."""
+        self._set_closed(True)
+
+    def open_groups(self) -> None:
+        """`close_groups` is taken back."""
+        self._set_closed(False)
+
+    def _set_closed(self, closed: bool) -> None:
+        if self._closed is not closed:
+            self._closed = closed
+            for session in self._sessions.values():
+                self._tell(session)
+
     def goaway(self, reason: str) -> None:
-        """Tell every client that its connection is going to be closed: it asks nothing new."""
+        """Tell every client that its connection is going to be closed: it asks nothing new. There
+        is no way back. Twice is once."""
+        if self._going:
+            return
+        self._going = reason
+        self.close_groups()
         frame = push.request(1, {words.OP: words.GOAWAY, words.REASON: reason}, oneway=True)
         for session in self._sessions.values():
             if session.key is not None:
@@ -213,7 +280,82 @@ class Sessions:
     def due_ms(self) -> int | None:
         return min((self._sessions[h].waits_until_ms for h in self._waiting), default=None)
 
+    # --- hand-over --------------------------------------------------------------------------------
+
+    def save(self, now_ms: int) -> SavedSessions:
+        return SavedSessions(
+            [
+                SavedSession(
+                    s.handle,
+                    s.key.app if s.key else "",
+                    s.key.client if s.key else "",
+                    s.wanted,
+                    list(s.has),
+                    s.suspended,
+                    s.leaving,
+                    SavedAsked(s.waiting.id, s.waiting.hint) if s.waiting else None,
+                    max(0, s.waits_until_ms - now_ms) if s.waiting else 0,
+                )
+                for s in self._sessions.values()
+            ],
+            sorted(self._stale),
+            self._closed,
+            self._going,
+        )
+
+    def restore(self, data: object, ids: Mapping[str, int], now_ms: int) -> None:
+        """Go on with the connections of another process, and no others; `ids`: the numbers of
+        groups in its last snapshot. Each connection of a client holds its registration. Nothing is
+        said: what is due is said by `compiled` and `tick`. Raises HandoverError, and has to be
+        called again then."""
+        found = saved.read(data, SavedSessions, "sessions")
+        self._ids = dict(ids)
+        before, self._restored = self._restored, {item.handle: item for item in found.sessions}
+        if len(self._restored) != len(found.sessions):
+            handles = [item.handle for item in found.sessions]
+            raise saved.wrong("sessions.sessions.handle", handles, "each must stand there once")
+        # Ten thousand of them are restored a second time while everything stands still, and few are
+        # others by then.
+        for handle in [h for h in self._sessions if self._restored.get(h) != before.get(h, h)]:
+            self._forget(self._sessions.pop(handle))
+        for handle, item in self._restored.items():
+            if handle not in self._sessions:
+                self._restore(item)
+            if item.waiting is not None:
+                self._sessions[handle].waits_until_ms = now_ms + item.waits_ms
+        # In the order in which they connected.
+        self._sessions = {handle: self._sessions[handle] for handle in self._restored}
+        for key, handles_of in self._of_client.items():
+            self._registry.hold(*key, len(handles_of))
+        self._stale = {handle for handle in found.stale if handle in self._sessions}
+        self._closed, self._going = found.closed, found.going
+
+    def _restore(self, item: SavedSession) -> None:
+        session = self._sessions[item.handle] = Session(item.handle)
+        if item.app:
+            session.key = Key(item.app, item.client)
+            self._of_client.setdefault(session.key, set()).add(item.handle)
+        self._want(session, dict(item.wanted))
+        session.has = tuple(item.has)
+        session.suspended, session.leaving = item.suspended, item.leaving
+        if (asked := item.waiting) is not None:
+            try:
+                push.response(asked.id, asked.hint, {})
+            except (ValueError, OverflowError) as error:
+                what = "sessions.sessions.waiting"
+                raise saved.wrong(what, (asked.id, asked.hint), str(error)) from None
+            session.waiting = Push("request", asked.id, asked.hint, 0, 0, {}, b"", b"")
+            self._waiting.add(item.handle)
+
     # --- inside -----------------------------------------------------------------------------------
+
+    def _forget(self, session: Session) -> None:
+        """It is in no index any more."""
+        self._waiting.discard(session.handle)
+        self._stale.discard(session.handle)
+        self._want(session, {})
+        if session.key is not None:
+            _drop(self._of_client, session.key, session.handle)
 
     def _want(self, session: Session, wanted: dict[str, int | None]) -> None:
         for name in session.wanted.keys() - wanted.keys():
@@ -224,6 +366,7 @@ class Sessions:
 
     def _tell(self, session: Session) -> None:
         """Make the engine's view what it has to be, and answer the subscribe that waits for it."""
+        self._restored = {}
         pairs, missing = self._due(session)
         if pairs != session.has:
             session.has = pairs
@@ -249,12 +392,13 @@ class Sessions:
                 continue
             said = member.subscription.prefetch if member.subscription else limits.PREFETCH
             pairs.append((number, asked or said))
-        if session.suspended or session.leaving:
+        if session.suspended or session.leaving or self._closed:
             pairs = []
         return tuple(pairs), missing
 
     def _settle(self, session: Session, headers: Mapping[str, str]) -> None:
         assert session.waiting is not None
+        self._restored = {}
         self._answer(session, session.waiting, headers)
         session.waiting = None
         self._waiting.discard(session.handle)

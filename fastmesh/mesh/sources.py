@@ -12,16 +12,19 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from fastmesh import config as configuration
-from fastmesh import limits
+from fastmesh import limits, saved
 from fastmesh._ext.schedule import Schedule
-from fastmesh.address import Address
+from fastmesh.address import Address, parse_address
 from fastmesh.config import Broker
 from fastmesh.document import read_regular
 from fastmesh.errors import ConfigError, ManagedElsewhereError, Problem, StaleError
 from fastmesh.mesh import schedule as scheduling
+from fastmesh.mesh.persist import SaveError
 from fastmesh.mesh.schedule import AppSchedule, ScheduleSpec
 from fastmesh.observe.log import Log
 
@@ -86,16 +89,43 @@ def log_problems(log: Log, what: str, source: str, problems: tuple[Problem, ...]
     return f"{first.path} {first.message}".strip() + more
 
 
-class Brokers:
-    """The brokers in force."""
+class SavedBroker(msgspec.Struct, omit_defaults=True):
+    name: saved.Text
+    address: saved.Text
+    weight: Annotated[int, msgspec.Meta(ge=0, le=100)] = 100
+    topics: Annotated[list[saved.Text], msgspec.Meta(max_length=limits.BROKER_TOPICS_MAX)] = (
+        msgspec.field(default_factory=lambda: ["*"])
+    )
 
-    def __init__(self, push: configuration.Push, log: Log) -> None:
+
+class SavedBrokers(msgspec.Struct, omit_defaults=True):
+    file: saved.Text = ""
+    now: Annotated[list[SavedBroker], msgspec.Meta(max_length=limits.BROKERS_MAX)] = []
+    """The last good list of that file; [] without one."""
+
+
+class Brokers:
+    """The brokers in force. `last`: what another process had from a file; its last good list is
+    kept here as it was there, when the file has become empty."""
+
+    def __init__(self, push: configuration.Push, log: Log, last: object = None) -> None:
+        """Raises HandoverError."""
         self.failure = ""
         """Why the file is not taken; "" while it is."""
         self._log = log
         self.now: tuple[Broker, ...] = ()
         self._empty = 0
+        if last is not None:
+            self.now = _brokers(saved.read(last, SavedBrokers, "brokers"), push)
         self.configure(push)
+
+    def save(self) -> SavedBrokers:
+        if self._file is None:
+            return SavedBrokers()
+        return SavedBrokers(
+            self._file.path,
+            [SavedBroker(b.name, str(b.address), b.weight, list(b.topics)) for b in self.now],
+        )
 
     def configure(self, push: configuration.Push) -> None:
         """At start and reload: `config.load` has just read the file, and it was good."""
@@ -172,6 +202,28 @@ class Brokers:
         )
 
 
+def _brokers(found: SavedBrokers, push: configuration.Push) -> tuple[Broker, ...]:
+    """Of the file that is looked at here. Raises HandoverError."""
+    if not push.brokers_file or found.file != push.brokers_file:
+        return ()
+    brokers = []
+    for at, item in enumerate(found.now):
+        try:
+            address = parse_address(item.address)
+        except ValueError as error:
+            raise saved.wrong(f"brokers.now[{at}].address", item.address, str(error)) from None
+        brokers.append(Broker(item.name, address, item.weight, tuple(item.topics)))
+    return tuple(brokers)
+
+
+class SavedSchedule(msgspec.Struct, omit_defaults=True):
+    version: saved.Count = 0
+    etag: saved.Text = ""
+    source: saved.Text = ""
+    stored: Annotated[bytes, msgspec.Meta(max_length=limits.SCHEDULE_BYTES_MAX)] | None = None
+    """What PUT gave last."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scheduled:
     """A schedule in force."""
@@ -207,9 +259,12 @@ class Schedules:
         file: str,
         stored: bytes | None,
         keep: Callable[[bytes], Any],
+        last: object = None,
     ) -> None:
         """`stored`: what the last process was given by PUT. `keep` makes bytes durable (a coroutine
-        function; raises SaveError). Raises ConfigError when the file cannot be used."""
+        function; raises SaveError). `last`: what the process that this one takes over from saved;
+        it says what was put, and versions go on from there. Raises ConfigError when the file cannot
+        be used, HandoverError for what was saved."""
         self.version = 0
         self.failure = ""
         self._log = log
@@ -220,8 +275,28 @@ class Schedules:
         self._file: WatchedFile | None = None
         self._native: dict[str, tuple[AppSchedule, dict[str, int], Schedule | None]] = {}
         self._lock = asyncio.Lock()
+        self._held = False
         self.now: Scheduled = self._made(b"apps: {}\n", "none")
+        before = SavedSchedule()
+        if last is not None:
+            before = saved.read(last, SavedSchedule, "schedule")
+            self._stored = before.stored
         self.adopt(self.check(file), file)
+        if before.version:
+            same = (before.etag, before.source) == (self.now.etag, self.now.source)
+            self.version = before.version + (not same)
+
+    def save(self) -> SavedSchedule:
+        return SavedSchedule(self.version, self.now.etag, self.now.source, self._stored)
+
+    async def hold(self) -> None:
+        """Until `thaw` nothing is put: who waits is refused; what is under way ends."""
+        self._held = True
+        async with self._lock:
+            pass
+
+    def thaw(self) -> None:
+        self._held = False
 
     def check(self, file: str) -> Scheduled:
         """The schedule that a configuration with this file means. Raises ConfigError with all
@@ -286,6 +361,8 @@ class Schedules:
         If-Match. Raises ConfigError (all problems), ManagedElsewhereError, StaleError, SaveError.
         """
         async with self._lock:
+            if self._held:
+                raise SaveError(503, "fastmesh is being upgraded: try again")
             self._refuse_with_file()
             if match not in (None, "*", self.now.etag):
                 raise StaleError(f"the schedule in force has the ETag {self.now.etag}")

@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from fastmesh import limits
+import msgspec
+
+from fastmesh import limits, saved
 from fastmesh._ext import push
 from fastmesh.protocols import push as words
 
@@ -67,6 +69,25 @@ class Wire(Protocol):
     def close(self, handle: int) -> None: ...
 
 
+class SavedSaying(msgspec.Struct, gc=False, omit_defaults=True):
+    """One thing that the engine was not told yet."""
+
+    kind: saved.Text
+    """reply | send | subscribe | peer_groups | close"""
+    to: saved.Handle
+    """A connection; of peer_groups an endpoint."""
+    data: bytes = b""
+    greet: bool = False
+    groups: list[list[Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]]] = []
+    """[[group id, prefetch]]; of peer_groups [[group id]]."""
+
+
+class SavedWire(msgspec.Struct, omit_defaults=True):
+    ticket: saved.Count = 0
+    """Of the last call: an answer to a call of the old process is nobody's in the new one."""
+    queue: list[SavedSaying] = []
+
+
 class EngineWire:
     """The Wire to the real engine: queued until there is one."""
 
@@ -77,8 +98,18 @@ class EngineWire:
         self._ticket = 0
 
     def attach(self, engine: Any) -> None:
-        """None: nothing is handed over any more."""
+        """What is queued is handed over from now on."""
         self._engine = engine
+
+    def detach(self) -> Any:
+        """Nothing is handed over any more; who it was."""
+        engine, self._engine = self._engine, None
+        return engine
+
+    def clear(self) -> None:
+        """Forget what was not handed over."""
+        self._queue.clear()
+        self._waiting.clear()
 
     @property
     def attached(self) -> bool:
@@ -119,6 +150,55 @@ class EngineWire:
             except ValueError:
                 headers = {words.REASON: "an answer that cannot be read"}
         done(Outcome(outcome, headers), now_ms)
+
+    def save(self) -> SavedWire:
+        """What was not handed over, in order, without the calls: what waits for their answers does
+        not travel, so that whoever called says it again."""
+        said = []
+        for name, arguments, more in self._queue:
+            if name == "reply":
+                said.append(SavedSaying(name, arguments[0], arguments[1], more["greet"]))
+            elif name == "send_many":
+                said += [SavedSaying("send", handle, data) for handle, data in arguments[0]]
+            elif name == "subscribe":
+                groups = [list(pair) for pair in arguments[1]]
+                said.append(SavedSaying(name, arguments[0], groups=groups))
+            elif name == "peer_groups":
+                groups = [[number] for number in arguments[1]]
+                said.append(SavedSaying(name, arguments[0], groups=groups))
+            elif name == "close":
+                said.append(SavedSaying(name, arguments[0]))
+        return SavedWire(self._ticket, said)
+
+    def restore(self, data: object) -> None:
+        """Queue what another process did not say any more, and nothing else. Raises
+        HandoverError."""
+        found = saved.read(data, SavedWire, "wire")
+        for at, item in enumerate(found.queue):
+            width = {"subscribe": 2, "peer_groups": 1}.get(item.kind, 0)
+            if item.kind not in ("reply", "send", "subscribe", "peer_groups", "close"):
+                # Passed over, something would not be said that somebody waits for.
+                raise saved.wrong(f"wire.queue[{at}].kind", item.kind, "cannot be said here")
+            if item.kind == "send" or (item.kind == "reply" and item.data):
+                try:
+                    push.parse(item.data)
+                except ValueError as error:
+                    raise saved.wrong(f"wire.queue[{at}].data", item.data, str(error)) from None
+            if any(len(group) != width for group in item.groups):
+                raise saved.wrong(f"wire.queue[{at}].groups", item.groups, f"each has {width}")
+        self._ticket = found.ticket
+        self.clear()
+        for item in found.queue:
+            if item.kind == "reply":
+                self.reply(item.to, item.data, item.greet)
+            elif item.kind == "send":
+                self.send(item.to, item.data)
+            elif item.kind == "subscribe":
+                self.subscribe(item.to, [(number, prefetch) for number, prefetch in item.groups])
+            elif item.kind == "peer_groups":
+                self.peer_groups(item.to, [number for (number,) in item.groups])
+            else:
+                self.close(item.to)
 
     def flush(self) -> bool:
         """Hand over what is queued. False = the command ring is full: call again soon."""

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastmesh import limits
+import msgspec
+
+from fastmesh import limits, saved
 from fastmesh.observe.log import Log, escape_remote
 
 if TYPE_CHECKING:
@@ -78,6 +80,17 @@ def unpack_sample(event: Event) -> dict[str, object]:
     }
 
 
+class SavedHealth(msgspec.Struct, omit_defaults=True):
+    endpoint: saved.Id
+    ejected: bool = False
+    reason: saved.Text = ""
+
+
+class SavedEvents(msgspec.Struct, omit_defaults=True):
+    stalls: saved.Count = 0
+    health: list[SavedHealth] = []
+
+
 @dataclass(slots=True)
 class EndpointHealth:
     up: int = 0
@@ -125,6 +138,20 @@ class Events:
         }
         if push is not None:
             self._takers = {**self._takers, **dict.fromkeys(PUSH_KINDS, push)}
+
+    def save(self) -> SavedEvents:
+        return SavedEvents(
+            self.stalls, [SavedHealth(n, h.ejected, h.reason) for n, h in self.health.items()]
+        )
+
+    def restore(self, data: object) -> None:
+        """What the engine does not say again: which endpoints are up, it does. Before the first
+        event. Raises HandoverError."""
+        found = saved.read(data, SavedEvents, "events")
+        self.stalls = found.stalls
+        self.health = {
+            item.endpoint: EndpointHealth(0, item.ejected, item.reason) for item in found.health
+        }
 
     def take(self, event: Event) -> None:
         taker = self._takers.get(event.kind)

@@ -67,6 +67,21 @@ class Log:
         self._clock = clock
         self._buckets: dict[str, list[float]] = {}  # cause -> [window start, lines, suppressed]
         self.lines_lost = 0
+        self._inherited = 0
+
+    def save(self) -> dict[str, int]:
+        """What a successor goes on counting."""
+        return {"lines_lost": self.lines_lost}
+
+    def restore(self, data: object) -> None:
+        """Count on from there, with what was lost here so far. Twice is as the second time alone.
+        Raises HandoverError."""
+        # Imported only where there is something to restore.
+        from fastmesh import saved
+
+        found = saved.read(data, dict[str, saved.Count], "log")
+        before, self._inherited = self._inherited, found.get("lines_lost", 0)
+        self.lines_lost += self._inherited - before
 
     def configure(self, *, form: str, level: str) -> None:
         self._form = form

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastmesh import limits
@@ -111,6 +111,38 @@ class Label(Protocol):
     def group(self) -> str: ...
 
 
+DRAIN_STEPS = ("suspend", "answers", "clients", "done")
+DRAIN_WAITS = ("brokers", "groups", "connections", "requests", "engine")
+
+
+@dataclass(frozen=True, slots=True)
+class DrainFigures:
+    """Of the drain that is under way, or was last (fastmesh.handover.drain)."""
+
+    step: str = "none"
+    """none | one of DRAIN_STEPS"""
+    safe: bool = False
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """How long each step has taken so far."""
+    waiting: Mapping[str, int] = field(default_factory=dict)
+    """One of DRAIN_WAITS -> how many."""
+    totals: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """(step, outcome) -> over all drains of this process."""
+
+
+HANDOVER_OUTCOMES = ("done", "refused", "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverFigures:
+    """Of upgrades, over all processes that handed over to each other (fastmesh.handover)."""
+
+    totals: Mapping[str, int] = field(default_factory=dict)
+    """One of HANDOVER_OUTCOMES -> how many."""
+    pauses_s: Sequence[float] = ()
+    """Of the upgrade that began this process, by engine thread; () when it began otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Situation:
     """What is known beside the counters."""
@@ -125,8 +157,10 @@ class Situation:
     config_sha256: str = ""
     uptime_s: float = 0.0
     log_lines_lost: int = 0
+    handover: HandoverFigures = HandoverFigures()
     groups: Mapping[str, tuple[int, int]] | None = None
     """Of the message mesh: group -> (live connections, credit); None where there is none."""
+    drain: DrainFigures = field(default_factory=DrainFigures)
 
 
 class _Collector:
@@ -227,6 +261,21 @@ def _families(reading: Reading, now: Situation) -> Iterator[Any]:
     yield CounterMetricFamily(
         "fastmesh_log_lines_lost", "Log lines that nobody took.", value=now.log_lines_lost
     )
+    yield from _drain_families(now.drain)
+    upgrades = CounterMetricFamily(
+        "fastmesh_upgrades", "Hand-overs to a successor, by how they ended.", labels=["outcome"]
+    )
+    for outcome in HANDOVER_OUTCOMES:
+        upgrades.add_metric([outcome], now.handover.totals.get(outcome, 0))
+    yield upgrades
+    pause = GaugeMetricFamily(
+        "fastmesh_upgrade_pause_seconds",
+        "How long the traffic of an engine thread stood still when this process took over.",
+        labels=["thread"],
+    )
+    for thread, pause_s in enumerate(now.handover.pauses_s):
+        pause.add_metric([str(thread)], pause_s)
+    yield pause
     info = GaugeMetricFamily(
         "fastmesh_info",
         "Always 1; the labels say what runs.",
@@ -380,6 +429,37 @@ def _group_families(
             connections.add_metric(key, live[key[1]][0])
             credit.add_metric(key, live[key[1]][1])
     yield from (flight, connections, credit)
+
+
+def _drain_families(drain: DrainFigures) -> Iterator[Any]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    step = GaugeMetricFamily("fastmesh_drain_step", "1 for the step it is in.", labels=["step"])
+    for name in DRAIN_STEPS:
+        step.add_metric([name], int(name == drain.step))
+    yield step
+    seconds = GaugeMetricFamily(
+        "fastmesh_drain_step_seconds", "Time of each step of the last drain.", labels=["step"]
+    )
+    for name in DRAIN_STEPS[:-1]:
+        if name in drain.seconds:
+            seconds.add_metric([name], drain.seconds[name])
+    yield seconds
+    waiting = GaugeMetricFamily(
+        "fastmesh_drain_waiting_for", "What the step under way waits for.", labels=["what"]
+    )
+    for name in DRAIN_WAITS:
+        waiting.add_metric([name], drain.waiting.get(name, 0))
+    yield waiting
+    steps = CounterMetricFamily(
+        "fastmesh_drain_steps", "Steps of drains, by how they ended.", labels=["step", "outcome"]
+    )
+    for (name, outcome), count in sorted(drain.totals.items()):
+        steps.add_metric([name, outcome], count)
+    yield steps
+    yield GaugeMetricFamily(
+        "fastmesh_safe_to_stop", "1 once a drain has left nothing behind.", value=int(drain.safe)
+    )
 
 
 def _hop_bounds() -> list[int]:

@@ -348,6 +348,20 @@ class Assembler:
         self.epoch, self._parts = part.epoch, {}
         return tuple(row for one in whole for row in one.rows)
 
+    def parts(self) -> list[Announce]:
+        """Of the announce that is not whole: with them and `epoch`, another one goes on."""
+        return [self._parts[number] for number in sorted(self._parts)]
+
+    @classmethod
+    def going_on(cls, epoch: int, parts: Iterable[Announce]) -> Assembler:
+        """Raises ValueError when one of the parts is late, or makes the announce whole."""
+        made = cls()
+        made.epoch = made._epoch = epoch
+        for part in parts:
+            if part.epoch <= epoch or made.add(part) is not None:
+                raise ValueError(f"{PART}: {part.part} is not of an announce that is not whole")
+        return made
+
 
 # --- publish --------------------------------------------------------------------------------------
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from fastmesh import limits
+from fastmesh.address import Address
+from fastmesh.control.listeners import bind
+from fastmesh.http.gate import Gate
+from fastmesh.http.server import Answer, HttpServer, Request
+from fastmesh.observe.log import Log
 from tests.admin.http import Reply, ask, connect, raw
+from tests.conftest import LogLines
 
 Running = Callable[..., Any]
 GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
@@ -134,3 +143,164 @@ def test_stopping_does_not_wait_for_idle_connections(running: Running) -> None:
             writer.close()
 
     asyncio.run(main())
+
+
+# --- hand-over ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Local:
+    """Who may ask: everybody on this host."""
+
+    listen: Address
+    token: None = None
+    hosts: tuple[str, ...] = ()
+
+
+class Slow:
+    """Answers when the gate is open."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.asked = 0
+        self.tasks: list[asyncio.Task[Any] | None] = []
+
+    async def __call__(self, request: Request) -> Answer:
+        self.asked += 1
+        self.tasks.append(asyncio.current_task())
+        await self.gate.wait()
+        return Answer(200, b"done\n")
+
+
+class Two:
+    """A socket that one server after the other accepts on."""
+
+    def __init__(self, kind: str, folder: Path, log: Log) -> None:
+        address = Address("127.0.0.1", 0)
+        if kind == "unix":
+            address = Address(path=str(folder / "a.sock"))
+        self.bound = bind(address, "x")
+        self.at = self.bound.actual
+        self.slow, self.other = Slow(), Slow()
+        self.old, self.new = (
+            HttpServer("x", Gate(Local(self.at)), handler, log)
+            for handler in (self.slow, self.other)
+        )
+
+    async def close(self) -> None:
+        await self.old.close()
+        await self.new.close()
+        self.bound.close()
+
+
+def both(main: Callable[[Two], Coroutine[Any, Any, None]], kind: str, two: Two) -> None:
+    async def run() -> None:
+        await two.old.start(two.bound.sock)
+        try:
+            await main(two)
+        finally:
+            await two.close()
+
+    (uvloop.run if kind.startswith("uv") else asyncio.run)(run())
+
+
+@pytest.fixture(params=["tcp", "unix", "uv-tcp"])
+def held(
+    request: pytest.FixtureRequest, tmp_path: Path, log_lines: LogLines
+) -> Callable[[Callable[[Two], Coroutine[Any, Any, None]]], None]:
+    kind = request.param
+    return lambda main: both(main, kind, Two(kind.removeprefix("uv-"), tmp_path, log_lines.log))
+
+
+Held = Callable[[Callable[[Two], Coroutine[Any, Any, None]]], None]
+
+
+def test_connects_wait_for_whoever_accepts_in_the_end(held: Held) -> None:
+    async def main(two: Two) -> None:
+        assert (await ask(two.at, "/")).body == b"done\n"
+        assert await two.old.hold(1.0) == 0
+        waiting = [asyncio.ensure_future(ask(two.at, f"/{n}")) for n in range(5)]
+        await two.new.start(two.bound.sock)
+        assert [reply.status for reply in await asyncio.gather(*waiting)] == [200] * 5
+        assert (two.slow.asked, two.other.asked) == (1, 5)
+        await two.old.close()
+        assert (await ask(two.at, "/")).status == 200, "the socket is not the server's"
+
+    held(main)
+
+
+def test_a_server_that_was_held_goes_on(held: Held) -> None:
+    async def main(two: Two) -> None:
+        for _ in range(3):
+            await two.old.hold(1.0)
+            waiting = asyncio.ensure_future(ask(two.at, "/"))
+            await two.old.resume()
+            await two.old.resume()
+            assert (await waiting).status == 200
+        assert two.slow.asked == 3
+
+    held(main)
+
+
+def test_an_answer_under_way_is_given_and_its_connection_closed(held: Held) -> None:
+    async def main(two: Two) -> None:
+        two.slow.gate.clear()
+        reader, writer = await connect(two.at)
+        writer.write(GET + b"\r\n")
+        await until(lambda: two.slow.asked == 1)
+        holding = asyncio.ensure_future(two.old.hold(5.0))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not holding.done()
+        two.slow.gate.set()
+        reply = Reply(await asyncio.wait_for(reader.read(-1), 5))
+        assert (reply.status, reply.headers["connection"]) == (200, "close")
+        assert await holding == 0
+        writer.close()
+
+    held(main)
+
+
+def test_what_does_not_end_in_time_goes_on_and_is_counted(held: Held) -> None:
+    async def main(two: Two) -> None:
+        two.slow.gate.clear()
+        waiting = [asyncio.ensure_future(ask(two.at, "/")) for _ in range(2)]
+        await until(lambda: two.slow.asked == 2)
+        assert await two.old.hold(0.01) == 2
+        assert await two.old.hold(0.01, but=two.slow.tasks[:1]) == 1
+        assert await two.old.hold(60, but=two.slow.tasks) == 0, "nobody waits for those"
+        two.slow.gate.set()
+        assert [reply.status for reply in await asyncio.gather(*waiting)] == [200, 200]
+        await two.old.resume()
+
+    held(main)
+
+
+def test_quiet_connections_end_and_new_ones_may_say_what_they_came_for(held: Held) -> None:
+    async def main(two: Two) -> None:
+        idle, idle_writer = await connect(two.at)
+        idle_writer.write(GET + b"\r\n")
+        assert b"HTTP/1.1 200" in await idle.readuntil(b"done\n")
+        fresh, fresh_writer = await connect(two.at)
+        silent, silent_writer = await connect(two.at)
+        await until(lambda: len(two.old._tasks) == 3)
+        holding = asyncio.ensure_future(two.old.hold(5.0))
+        await asyncio.sleep(0)
+        fresh_writer.write(GET + b"\r\n")
+        assert b"HTTP/1.1 200" in await asyncio.wait_for(fresh.read(-1), 5)
+        assert await holding == 0
+        for reader in (idle, silent):
+            assert await asyncio.wait_for(reader.read(-1), 5) == b""
+        await until(lambda: not two.old._tasks)
+        for writer in (idle_writer, fresh_writer, silent_writer):
+            writer.close()
+
+    held(main)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    end = asyncio.get_running_loop().time() + timeout_s
+    while not condition():
+        assert asyncio.get_running_loop().time() < end, "not in time"
+        await asyncio.sleep(0.002)

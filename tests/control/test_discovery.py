@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+import pytest
+
 from fastmesh import config
 from fastmesh.address import Address
 from fastmesh.control.discovery import Discovery
+from fastmesh.errors import HandoverError
 from tests.conftest import SMALL, LogLines
 
 NAMED = config.parse(
@@ -80,3 +84,38 @@ def test_names_no_longer_used_are_forgotten(log_lines: LogLines) -> None:
         assert discovery.addresses(ORDERS) == ()
 
     asyncio.run(main())
+
+
+def test_a_successor_asks_nobody_for_what_is_known(log_lines: LogLines) -> None:
+    async def main() -> None:
+        before = Discovery(log_lines.log, Resolver())
+        await before.learn(NAMED)
+        resolver = Resolver()
+        after = Discovery(log_lines.log, resolver)
+        after.restore(msgspec.Raw(msgspec.json.encode(before.save())))
+        assert after.addresses(ORDERS) == before.addresses(ORDERS)
+        await after.learn(NAMED)
+        assert not resolver.asked
+        resolver.answer = ["10.0.0.9"]
+        assert await after.refresh(NAMED), "later it is asked as ever"
+        assert after.addresses(ORDERS) == (Address("10.0.0.9", 12201),)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"known": {"a": ["10.0.0.1; drop"]}},
+        {"known": {"a": [""]}},
+        {"known": {"a": ["10.0.0.1"] * 1000}},
+        {"known": {"a": "10.0.0.1"}},
+        {"known": []},
+        [],
+    ],
+)
+def test_addresses_that_are_none_are_refused(log_lines: LogLines, data: object) -> None:
+    discovery = Discovery(log_lines.log, Resolver())
+    with pytest.raises(HandoverError):
+        discovery.restore(data)
+    assert discovery.save().known == {}

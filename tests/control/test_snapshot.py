@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from typing import Any
 
+import msgspec
 import pytest
 
 from fastmesh import config
@@ -19,6 +21,7 @@ from fastmesh.control.snapshot import (
     RowLabel,
     compile_snapshot,
 )
+from fastmesh.errors import HandoverError
 from fastmesh.limits import ROW_OTHER
 from tests.conftest import SMALL
 from tests.fake_engine import FakeSnapshot
@@ -317,3 +320,139 @@ def test_each_application_has_its_schedule_and_the_nodes_that_are_dialled() -> N
     (number,) = made.snapshot.schedules
     scheduled = {g["name"]: g["schedule_id"] for g in made.snapshot.groups.values()}
     assert scheduled == {b"g1": number, b"p1": number, b"g2": None}
+
+
+# --- hand-over ------------------------------------------------------------------------------------
+
+
+def successor(directory: Directory, version: int = 1, rows_max: int = 4096) -> Directory:
+    made = Directory(rows_max)
+    data = msgspec.json.encode(directory.save(version))
+    assert made.restore(msgspec.Raw(data)) == version
+    return made
+
+
+KEYS: list[Any] = [
+    ("cluster", "a", "bolt", "shared"),
+    (("cluster", "a"), "endpoint", "h:1", Address("10.0.0.1", 1)),
+    (("cluster", "a"), "endpoint", "h:1", None),
+    ("x", Address("::1", 65535), Address(path="/run/ü.sock"), True, 7),
+    *(("listener", f"l{n}") for n in range(30)),
+]
+LABELS = [RowLabel("route", listener="l", route=f"r{n}", cluster="c", app="a") for n in range(60)]
+
+
+def step(chosen: random.Random, directories: list[Directory]) -> None:
+    """The same for each of them, and the same answer."""
+    kind = chosen.randrange(5)
+    answers: set[int] = set()
+    if kind == 0:
+        key = chosen.choice(KEYS)
+        answers = {d.id(key) for d in directories}
+    elif kind == 1:
+        label = chosen.choice(LABELS)
+        answers = {d.row(label) for d in directories}
+    elif kind in (2, 3):
+        group = (f"g{chosen.randrange(50)}", chosen.random() < 0.5, False)
+        answers = {d.group(group) for d in directories}
+    elif chosen.random() < 0.3:
+        for directory in directories:
+            directory.turn()
+    assert len(answers) <= 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_successor_gives_the_same_numbers_whatever_came_and_went(seed: int) -> None:
+    chosen = random.Random(seed)
+    one = Directory(40)
+    for _ in range(chosen.randrange(400)):
+        step(chosen, [one])
+    two = successor(one, rows_max=40)
+    assert two.rows() == one.rows()
+    for _ in range(400):
+        step(chosen, [one, two])
+    assert two.save(1) == one.save(1)
+
+
+def test_a_successor_goes_on_using_group_ids_again() -> None:
+    one = Directory(4096)
+    for number in range(65535):
+        one.group((f"g{number}", False, False))
+    for _ in range(3):
+        one.turn()
+    two = successor(one)
+    for name in ("a", "b", "c"):
+        assert one.group(name) == two.group(name)
+
+
+def test_the_same_configuration_has_the_same_numbers_in_the_next_process() -> None:
+    one = Directory(4096)
+    first = build_mesh(one)
+    two = successor(one)
+    second = build_mesh(two, version=2)
+    for name in (
+        "listener_ids",
+        "endpoints",
+        "routes",
+        "cluster_rows",
+        "listener_rows",
+        "kinds",
+        "group_ids",
+        "group_rows",
+        "publishes",
+    ):
+        assert getattr(first, name) == getattr(second, name), name
+        assert getattr(first, name), name
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"rows": [[2, "x"], [2, "y"]]}, "one of its own"),
+        ({"rows": [[ROW_OTHER, "x"]]}, "one of its own"),
+        ({"rows": [[4096, "x"]]}, "one of its own in"),
+        ({"ids": [[1, "x"]], "next_id": 1}, "below the next number"),
+        ({"ids": [[1, "x"], [1, "y"]], "next_id": 9}, "two keys"),
+        ({"ids": [[1, "x"], [2, "x"]], "next_id": 9}, "stands there twice"),
+        ({"ids": [[1, {"a": 1}]], "next_id": 9}, "a key is made of"),
+        ({"ids": [[1, 1.5]], "next_id": 9}, "a key is made of"),
+        ({"ids": [[1, {"address": ["a", "b", "c"]}]], "next_id": 9}, "a key is made of"),
+        ({"ids": [[1, [[[[[["x"]]]]]]]], "next_id": 9}, "a key is made of"),
+        ({"ids": [[0, "x"]]}, ">= 1"),
+        ({"groups": [[70000, "x"]], "next_group": 65536}, "below the next number"),
+        ({"groups": [[2, "x"]], "next_group": 3, "groups_free": [2]}, "must be free"),
+        ({"next_group": 3, "groups_free": [1, 1]}, "must be free"),
+        ({"next_group": 3, "groups_free": [7]}, "below next_group"),
+        ({"next_group": 70000}, "<= 65536"),
+        ({"version": -1}, ">= 0"),
+        ([], "Expected `object`"),
+    ],
+)
+def test_a_directory_that_is_none_is_refused(data: object, said: str) -> None:
+    directory = Directory(4096)
+    number = directory.id("before")
+    with pytest.raises(HandoverError, match=said):
+        directory.restore(data)
+    assert directory.id("before") == number, "nothing has changed"
+
+
+def test_a_directory_of_the_versions_beside_ours_is_read() -> None:
+    directory = Directory(4096)
+    data = {
+        "later": 1,
+        "rows": [[2, "listener", "l", "", "", "", "", "", "later"], [7, "cluster"]],
+        "ids": [[3, ["a", "b"], "later"]],
+        "next_id": 5,
+    }
+    assert directory.restore(data) == 0
+    assert directory.row(RowLabel("listener", listener="l")) == 2
+    assert directory.row(RowLabel("new")) == 8
+    assert (directory.id(("a", "b")), directory.id("new")) == (3, 5)
+
+
+def test_more_rows_than_this_build_counts_are_refused() -> None:
+    directory = Directory(100)
+    for number in range(50):
+        directory.row(RowLabel("route", route=str(number)))
+    with pytest.raises(HandoverError, match=r"directory.rows"):
+        Directory(40).restore(directory.save(1))

@@ -43,3 +43,54 @@ def test_a_link_a_file_and_a_link_for_a_lock_are_refused(tmp_path: Path) -> None
     with pytest.raises(StateError):
         StateDir(str(real))
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_the_lock_travels_and_is_never_let_go(tmp_path: Path) -> None:
+    path = str(tmp_path / "run")
+    old = StateDir(path)
+    new = StateDir.adopt(path, os.dup(old.fd))
+    (tmp_path / "run" / "lock").write_text("1\n")
+    new.own()
+    assert (tmp_path / "run" / "lock").read_text() == f"{os.getpid()}\n"
+    old.close()
+    with pytest.raises(StateError, match=f"process {os.getpid()}"):
+        StateDir(path)
+    new.close()
+    StateDir(path).close()
+
+
+def test_a_successor_that_gives_up_takes_nothing_away(tmp_path: Path) -> None:
+    path = str(tmp_path / "run")
+    old = StateDir(path)
+    StateDir.adopt(path, os.dup(old.fd)).close()
+    with pytest.raises(StateError, match="in use"):
+        StateDir(path)
+    old.close()
+
+
+def test_what_is_not_the_lock_of_this_directory_is_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "run")
+    held = StateDir(path)
+    other = StateDir(str(tmp_path / "other"))
+    reader, writer = os.pipe()
+    os.close(writer)
+    opened = os.open(os.path.join(path, "lock"), os.O_RDWR)
+    for fd, said in (
+        (os.dup(other.fd), "not its lock file"),
+        (os.open(path, os.O_RDONLY), "not its lock file"),
+        (os.dup(reader), "not its lock file"),
+        (opened, "in use by another process"),
+        (1 << 30, "Bad file descriptor"),
+    ):
+        with pytest.raises(StateError, match=said):
+            StateDir.adopt(path, fd)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+    with pytest.raises(StateError, match="in use"):
+        StateDir(path)
+    (tmp_path / "run" / "lock").unlink()
+    with pytest.raises(StateError):
+        StateDir.adopt(path, os.dup(held.fd))
+    os.close(reader)
+    held.close()
+    other.close()

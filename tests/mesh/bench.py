@@ -13,6 +13,7 @@ from fastmesh._ext import push
 from fastmesh._ext.push import Push
 from fastmesh.config import Address
 from fastmesh.control.snapshot import Compiled, Directory, MeshView, compile_snapshot
+from fastmesh.handover import document as documents
 from fastmesh.mesh.push import PushControl
 from fastmesh.mesh.registration import Registry
 from fastmesh.mesh.wire import EngineWire
@@ -37,21 +38,25 @@ def group(name: str, role: str = "subscribe", topic: str = "orders", **more: Any
 
 
 class Bench:
-    def __init__(self, text: str = CONFIG) -> None:
+    """`document`: of the process that this one takes over from, see `save`."""
+
+    def __init__(
+        self, text: str = CONFIG, *, document: bytes = b"", now_ms: int = 1_000_000
+    ) -> None:
         self.config = configuration.parse(text.encode(), base="/base")
         self.log = LogLines()
         self.engine = FakeEngine()
         self.wire = EngineWire()
         self.wire.attach(self.engine)
-        self.now_ms = 1_000_000
+        self.now_ms = now_ms
         self.recompiles = 0
         self.registry = Registry()
         self.control = PushControl(
             self.wire,
             self.registry,
             self.log.log,
-            node="n1",
-            app="shop",
+            node=self.config.node.name,
+            app=self.config.node.app,
             interval_ms=1000,
             name=self.name,
             recompile=self.recompile,
@@ -62,9 +67,30 @@ class Bench:
         self.compiled: Compiled
         self._directory = Directory(4096)
         self._versions = itertools.count(1)
+        if document:
+            self.restore(document)
         self._handles = itertools.count(1 << 40)
         self._ids = itertools.count(7)
         self.compile()
+
+    # --- hand-over --------------------------------------------------------------------------------
+
+    def save(self) -> bytes:
+        parts = {
+            "directory": self._directory.save(self.compiled.version),
+            "registry": self.registry.save(self.now_ms),
+            "control": self.control.save(self.now_ms),
+            "wire": self.wire.save(),
+        }
+        return documents.encode(parts)
+
+    def restore(self, document: bytes) -> None:
+        parts = documents.decode(document)
+        version = self._directory.restore(parts.part("directory"))
+        self._versions = itertools.count(version + 1)
+        self.registry.inherit(parts.part("registry"), self.now_ms)
+        self.control.restore(parts.part("control"), self.now_ms)
+        self.wire.restore(parts.part("wire"))
 
     # --- the outside ------------------------------------------------------------------------------
 
@@ -78,7 +104,8 @@ class Bench:
         assert self.config.push is not None
         return MeshView(
             brokers=self.config.push.brokers,
-            groups=self.control.groups(),
+            # In the order of their names: whoever compiles the same has the same new ids.
+            groups=sorted(self.control.groups(), key=lambda found: found.name),
             topics=self.registry.topics().keys(),
             peers=self.peers,
             schedule=self.schedule,

@@ -240,16 +240,23 @@ def test_what_a_broker_asks_besides_is_refused(bench: Bench) -> None:
     assert len(bench.engine.said("send")) == sent
 
 
-def test_leaving_suspends_every_broker_and_announces_no_more(bench: Bench) -> None:
+# --- suspend and resume ---------------------------------------------------------------------------
+
+
+def test_suspend_is_asked_of_every_broker_and_nothing_is_announced_any_more(bench: Bench) -> None:
     one, two = bench.met("b1"), bench.dialled("b2")
     take(bench, one)
-    bench.control.leave()
+    announcer = bench.control.announcer
+    bench.control.suspend()
     bench.settle()
     ((suspend, ticket),) = bench.calls(one, "suspend")
     assert suspend.headers == {"fm.op": "suspend"}
-    assert bench.control.leaving
+    assert announcer.suspending() == ["b1"]
+    assert announcer.pushing() == {"b1": "no answer yet"}
     bench.answer(ticket)
-    assert not bench.control.leaving
+    assert not announcer.suspending()
+    assert not announcer.pushing()
+    assert bench.control.status()["brokers"][0]["suspended"]
     bench.live("g1", 1, 1)
     bench.wait(1000)
     assert len(announces(bench, one)) == 1
@@ -257,5 +264,73 @@ def test_leaving_suspends_every_broker_and_announces_no_more(bench: Bench) -> No
     bench.answer(bench.calls(two, "hello")[0][1])
     assert len(bench.calls(two, "suspend")) == 1
     assert not announces(bench, two)
+    assert announcer.suspending() == ["b2"]
     bench.event("gone", two, bench.endpoint("b2"), 1)
-    assert not bench.control.leaving
+    assert not announcer.suspending()
+
+
+@pytest.mark.parametrize("how", ["reject", "silent", "later"])
+def test_a_broker_that_does_not_take_suspend_is_asked_again(bench: Bench, how: str) -> None:
+    one = bench.met("b1")
+    take(bench, one)
+    announcer = bench.control.announcer
+    bench.control.suspend()
+    bench.settle()
+    ((_, ticket),) = bench.calls(one, "suspend")
+    if how == "silent":
+        bench.event("answer", ticket, 8)
+    elif how == "later":
+        bench.answer(ticket, result="later", retry_ms="40")
+    else:
+        bench.answer(ticket, result="reject", reason="never heard of it")
+    # "later" is no answer: it is waited for. The others have said all that they will.
+    assert announcer.suspending() == (["b1"] if how == "later" else [])
+    why = {"reject": "never heard", "silent": "no answer in time", "later": "no answer yet"}
+    assert why[how] in announcer.pushing()["b1"]
+    bench.wait(40 if how == "later" else limits.CONTROL_RETRY_MS)
+    assert len(bench.calls(one, "suspend")) == 2
+    bench.answer(bench.calls(one, "suspend")[1][1])
+    assert not announcer.pushing()
+    bench.wait(60_000)
+    assert len(bench.calls(one, "suspend")) == 2
+
+
+def test_resume_comes_after_the_suspend_whatever_became_of_it(bench: Bench) -> None:
+    one, two = bench.met("b1"), bench.met("b2")
+    for handle in (one, two):
+        take(bench, handle)
+    bench.control.suspend()
+    bench.settle()
+    bench.answer(bench.calls(one, "suspend")[0][1])
+    bench.control.resume(bench.now_ms)
+    bench.settle()
+    assert len(bench.calls(one, "resume")) == 1
+    # The other has not answered: what is asked next waits for that answer.
+    assert not bench.calls(two, "resume")
+    bench.answer(bench.calls(two, "suspend")[0][1], result="reject")
+    assert len(bench.calls(two, "resume")) == 1
+    bench.answer(bench.calls(one, "resume")[0][1])
+    bench.event("answer", bench.calls(two, "resume")[0][1], 8)
+    assert not bench.control.announcer.pushing()
+    bench.wait(limits.CONTROL_RETRY_MS)
+    assert len(bench.calls(one, "resume")) == 1
+    assert len(bench.calls(two, "resume")) == 2, "nobody knows what it took: it is asked again"
+
+
+def test_what_changed_meanwhile_is_announced_once_pushes_may_come_again(bench: Bench) -> None:
+    one, two = bench.met("b1"), bench.dialled("b2")
+    take(bench, one)
+    bench.control.suspend()
+    bench.settle()
+    bench.answer(bench.calls(one, "suspend")[0][1])
+    bench.answer(bench.calls(two, "hello")[0][1])
+    bench.answer(bench.calls(two, "suspend")[0][1])
+    bench.live("p1", 1, 0)
+    bench.wait(1000)
+    assert len(announces(bench, one)) == 1
+    bench.control.resume(bench.now_ms)
+    bench.settle()
+    assert len(announces(bench, one)) == 1, "a moment later: clients join their groups again"
+    bench.wait(limits.ANNOUNCE_GAP_MS)
+    assert announces(bench, one)[-1]["fm.group"] == "p1"
+    assert announces(bench, two)[-1]["fm.group"] == "p1"

@@ -10,10 +10,12 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from fastmesh import limits
 from fastmesh.control.state_dir import StateDir
+from fastmesh.errors import HandoverError
 from fastmesh.mesh.durable import DurableRegistry
 from fastmesh.mesh.registration import Change, Key, Outcome
 from tests.conftest import LogLines
@@ -25,12 +27,22 @@ S = 1000
 
 class Bed:
     def __init__(
-        self, path: str, lines: LogLines, monkeypatch: pytest.MonkeyPatch, **options: Any
+        self,
+        path: str,
+        lines: LogLines,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        before: Bed | None = None,
+        **options: Any,
     ) -> None:
+        """`before`: the one that this one takes over from."""
         self.now_ms = 1_000_000
         self.lines = lines
         self.changes: list[Change] = []
-        self.state_dir = StateDir(path)
+        if before is None:
+            self.state_dir = StateDir(path)
+        else:
+            self.state_dir = StateDir.adopt(path, os.dup(before.state_dir.fd))
         self.durable = DurableRegistry(
             self.state_dir,
             lines.log,
@@ -38,8 +50,19 @@ class Bed:
             clock_ms=lambda: self.now_ms,
             **options,
         )
-        self.loaded = self.durable.load()
+        if before is None:
+            self.loaded = self.durable.load()
+        else:
+            self.restore(before)
         self.disk = Disk(self.durable.store, monkeypatch)
+
+    def restore(self, before: Bed) -> bool:
+        return self.durable.restore(msgspec.Raw(msgspec.json.encode(before.durable.save())))
+
+    def remaining_ms(self, client: str = "c1") -> int:
+        found = self.durable.registry.client("shop", client)
+        assert found is not None
+        return found.remaining_ms(self.now_ms)
 
     async def register(self, *args: Any, **more: Any) -> Outcome:
         return await self.durable.register(doc(*args, **more))
@@ -57,9 +80,10 @@ def running(
     tmp_path: Path, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., contextlib.AbstractAsyncContextManager[Bed]]:
     @contextlib.asynccontextmanager
-    async def run(**options: Any) -> AsyncIterator[Bed]:
+    async def run(*, starts: bool = True, **options: Any) -> AsyncIterator[Bed]:
         bed = Bed(str(tmp_path / "run"), log_lines, monkeypatch, **options)
-        bed.durable.start()
+        if starts:
+            bed.durable.start()
         try:
             yield bed
         finally:
@@ -405,3 +429,189 @@ async def test_damage_of_both_generations_is_an_empty_start(running: Running) ->
         assert (await bed.register("c3")).status == 201
     async with running() as bed:
         assert bed.clients == {"c3"}
+
+
+# --- hand-over ------------------------------------------------------------------------------------
+
+
+def files(bed: Bed) -> dict[str, bytes]:
+    folder = Path(bed.durable.store.path)
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "lock"}
+
+
+async def test_while_it_is_held_nothing_changes_and_nothing_is_written(running: Running) -> None:
+    async with running() as bed:
+        await bed.register("c1")
+        bed.durable._unsaved += 1  # something is due to be written
+        await bed.durable.hold(5)
+        before = files(bed), len(bed.disk.saves), bed.durable.registry.generation
+        for asked in (
+            bed.register("c2"),
+            bed.register("c1"),
+            bed.durable.remove("shop", "c1"),
+        ):
+            outcome = await asyncio.wait_for(asked, 5)
+            assert outcome.status == 503
+            assert "upgraded" in outcome.body["error"]
+        bed.now_ms += 3600 * S
+        bed.durable.look(bed.now_ms, 1000)
+        bed.durable._wake.set()
+        await turns()
+        assert (files(bed), len(bed.disk.saves), bed.durable.registry.generation) == before
+        bed.durable.thaw()
+        await until(lambda: not bed.durable.figures().unsaved)
+        assert bed.remaining_ms() == 30 * S, "nobody could renew it"
+        assert (await bed.register("c2")).status == 201
+
+
+async def test_a_save_under_way_ends_and_who_waits_behind_it_is_refused(running: Running) -> None:
+    async with running() as bed:
+        with bed.disk.held():
+            first = bed.ask("c1")
+            await bed.disk.entered()
+            second = bed.ask("c2")
+            await turns()
+            holding = asyncio.ensure_future(bed.durable.hold(5))
+            assert (await second).status == 503
+            await turns()
+            assert not holding.done()
+            assert not first.done()
+        await holding
+        assert (await first).status == 201
+        saved = bed.durable.save()
+        assert [b"c1" in bytes(c.document) for c in saved.registry.clients] == [True]
+        bed.durable.thaw()
+        assert (await bed.register("c2")).status == 201
+
+
+async def test_a_disk_that_hangs_keeps_it_from_being_handed_over(running: Running) -> None:
+    async with running(save_timeout_s=0.05) as bed:
+        with bed.disk.held():
+            asked = bed.ask("c1")
+            await bed.disk.entered()
+            assert (await asked).status == 503, "its time is over, the save is not"
+            with pytest.raises(HandoverError, match="has not answered"):
+                await bed.durable.hold(0.05)
+            assert (await bed.durable.register(b"{}")).status == 422
+        assert (await bed.register("c2")).status == 201, "it goes on"
+        await bed.durable.hold(5)
+        bed.durable.thaw()
+
+
+async def test_a_successor_goes_on_with_leases_figures_and_generations(running: Running) -> None:
+    async with running() as old:
+        await old.register("c1", lease_ms=30_000)
+        await old.register("c2", lease_ms=60_000)
+        await old.register("c3", lease_ms=1000)
+        old.durable.registry.hold("shop", "c2")
+        old.now_ms += 12 * S
+        old.durable.look(old.now_ms, 1000)
+        await until(lambda: not old.durable.figures().unsaved)
+        old.now_ms += 500
+        await old.durable.hold(5)
+        figures = old.durable.figures()
+        disk = files(old)
+        old.now_ms += 400  # until it is saved
+        async with running(before=old, starts=False) as new:
+            assert files(new) == disk
+            assert not new.disk.saves
+            assert (new.remaining_ms("c1"), new.remaining_ms("c2")) == (17_500, 47_500)
+            assert new.durable.figures() == figures
+            assert figures.expired == 1
+            assert figures.saves == 4
+            new.durable.registry.hold("shop", "c2")
+            old.durable.abandon()
+            await old.durable.close()
+            old.state_dir.close()
+            new.state_dir.own()
+            new.durable.start()
+            assert not new.changes
+            assert (await new.register("c1", lease_ms=30_000)).status == 200
+            assert not new.disk.saves, "a renewal as ever"
+            assert (await new.register("c4")).status == 201
+            after = files(new)
+            assert after["registrations.state.previous"] == disk["registrations.state"]
+            new.now_ms += 3600 * S
+            new.durable.look(new.now_ms, 1000)
+            assert new.clients == {"c2"}
+            assert new.durable.figures().expired == 3
+            await until(lambda: not new.durable.figures().unsaved)
+            assert new.durable.figures().saves == 6
+    async with running() as bed:
+        assert bed.clients == {"c2"}
+
+
+async def test_whoever_was_abandoned_never_writes_again(running: Running) -> None:
+    async with running() as old:
+        await old.register("c1")
+        old.durable._unsaved += 1
+        await old.durable.hold(5)
+        old.durable.abandon()
+        disk = files(old)
+        old.durable.thaw()
+        old.durable.look(old.now_ms + 3600 * S, 1000)
+        assert (await old.register("c2")).status == 503
+        await turns()
+        with pytest.raises(OSError, match="descriptor"):
+            old.durable.store.save(b"late")
+        await old.durable.close()
+        await old.durable.close()
+        assert files(old) == disk
+
+
+async def test_a_successor_that_gives_up_has_written_nothing(running: Running) -> None:
+    async with running() as old:
+        await old.register("c1")
+        old.durable._unsaved += 1
+        await old.durable.hold(5)
+        disk = files(old)
+        async with running(before=old, starts=False) as new:
+            assert new.durable.figures().unsaved
+            await turns()
+        assert files(old) == disk
+        old.durable.thaw()
+        await until(lambda: not old.durable.figures().unsaved)
+        assert (await old.register("c2")).status == 201
+
+
+async def test_a_process_that_is_stopped_while_it_is_held_stops(running: Running) -> None:
+    async with running() as bed:
+        await bed.register("c1")
+        bed.durable._unsaved += 1
+        await bed.durable.hold(5)
+        await asyncio.wait_for(bed.durable.close(), 5)
+        assert not bed.durable.figures().unsaved, "as without a hand-over"
+
+
+async def test_a_retry_that_was_due_stays_due(running: Running) -> None:
+    async with running() as old:
+        old.disk.error = errno.EIO
+        for _ in range(3):
+            assert (await old.register("c1")).status == 503
+        old.disk.error = 0
+        await old.durable.hold(5)
+        async with running(before=old, starts=False) as new:
+            assert new.durable._retry_s == old.durable._retry_s == 8 * limits.REGISTRATION_RETRY_S
+            left_ms = new.durable._retry_at_ms - new.now_ms
+            assert left_ms == 4 * limits.REGISTRATION_RETRY_S * 1000
+            assert new.durable.figures() == old.durable.figures()
+            assert new.durable.figures().save_failures == 3
+        old.durable.thaw()
+
+
+async def test_the_last_state_replaces_the_first(running: Running) -> None:
+    async with running() as old:
+        await old.register("c1")
+        async with running(before=old, starts=False) as new:
+            await old.register("c2")
+            await old.durable.hold(5)
+            assert new.restore(old), "other registrations"
+            assert not new.restore(old)
+            assert new.clients == {"c1", "c2"}
+            assert new.durable.figures() == old.durable.figures()
+            with pytest.raises(HandoverError, match="registrations"):
+                new.durable.restore({"saves": -1})
+            with pytest.raises(HandoverError, match="retry_s"):
+                new.durable.restore({"retry_s": 1e9})
+            assert new.clients == {"c1", "c2"}
+        old.durable.thaw()

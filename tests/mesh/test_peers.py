@@ -192,11 +192,14 @@ def test_leaving_tells_peers_that_nobody_is_here(bench: Bench) -> None:
     handle = bench.peer_client()
     bench.ask(handle, op="hello", protocol="1", client="n2")
     bench.live("g1", 1, 8)
-    bench.control.leave()
+    bench.control.suspend()
     bench.settle()
     assert sent(bench, handle)[-1].headers["fm.group"] == ""
     bench.wait(1000)
     assert sent(bench, handle)[-1].headers["fm.group"] == ""
+    bench.control.resume(bench.now_ms)
+    bench.settle()
+    assert sent(bench, handle)[-1].headers["fm.group"] == "g1"
 
 
 def test_a_refused_hello_is_shown_and_said_again(bench: Bench) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmesh import limits
+from fastmesh.errors import HandoverError
 from fastmesh.mesh.registration import (
     Change,
     Group,
@@ -615,3 +619,130 @@ def test_any_history_agrees_with_the_model(steps: list[Any]) -> None:
         other = Registry()
         other.restore(decode_state(it.registry.state()), 0)
         assert other.groups() == it.registry.groups()
+
+
+# --- hand-over ------------------------------------------------------------------------------------
+
+
+def handed(registry: Registry, now_ms: int) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(registry.save(now_ms)))
+
+
+def all_of(registry: Registry, now_ms: int) -> Any:
+    return (
+        registry.state(),
+        dict(registry.groups()),
+        registry.topics(),
+        registry.generation,
+        [c.remaining_ms(now_ms) for c in registry.clients()],
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_successor_has_the_same_and_goes_on_the_same(seed: int) -> None:
+    chosen = random.Random(seed)
+    one, now_ms, shift_ms = Registry(), 10_000_000, chosen.choice([-9_000_000, 0, 777])
+    held: Counter[str] = Counter()
+
+    def step(registries: list[tuple[Registry, int]]) -> None:
+        nonlocal now_ms
+        client, kind = f"c{chosen.randrange(6)}", chosen.randrange(8)
+        if kind < 3:
+            groups = [
+                chosen.choice([pub, sub])(f"g{n}", topic=chosen.choice(["t", "u"]))
+                for n in chosen.sample(range(5), chosen.randint(1, 3))
+            ]
+            lease_ms = chosen.randint(1000, 60_000)
+            body = doc(client, *groups, lease_ms=lease_ms)
+            assert len({r.register(body, now_ms + by).status for r, by in registries}) == 1
+        elif kind == 3:
+            assert len({r.remove("shop", client) for r, _ in registries}) == 1
+        elif kind == 4:
+            held[client] += 1
+            for registry, _ in registries:
+                registry.hold("shop", client)
+        elif kind == 5 and held[client]:
+            held[client] -= 1
+            for registry, by in registries:
+                registry.release("shop", client, now_ms + by)
+        else:
+            now_ms += chosen.randint(1, 9000)
+            assert len({r.expire(now_ms + by) for r, by in registries}) == 1
+
+    for _ in range(chosen.randrange(200)):
+        step([(one, 0)])
+    two = Registry()
+    assert two.inherit(handed(one, now_ms), now_ms + shift_ms) == bool(one.clients())
+    for client, connections in held.items():
+        for _ in range(connections):
+            two.hold("shop", client)
+    assert all_of(two, now_ms + shift_ms) == all_of(one, now_ms)
+    for _ in range(200):
+        step([(one, 0), (two, shift_ms)])
+        assert all_of(two, now_ms + shift_ms) == all_of(one, now_ms)
+
+
+def test_what_stands_already_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Registry()
+    for number in range(5):
+        one.register(doc(f"c{number}", sub(f"g{number}")), 0)
+    two = Registry()
+    assert two.inherit(handed(one, 0), 0)
+    groups = two.groups()
+    one.touch("shop", "c1", 20 * S)
+    monkeypatch.setattr("fastmesh.mesh.registration._parsed", None)
+    assert not two.inherit(handed(one, 20 * S), 1000 * S)
+    assert [c.remaining_ms(1000 * S) for c in two.clients()] == [10 * S, 30 * S, *[10 * S] * 3]
+    assert two.groups() == groups
+    monkeypatch.undo()
+    one.remove("shop", "c0")
+    assert two.inherit(handed(one, 20 * S), 1000 * S)
+    assert "g0" not in two.groups()
+
+
+def test_leases_stand_still_and_get_no_longer() -> None:
+    registry = Registry()
+    registry.register(doc("old"), 0)
+    registry.register(doc("new"), 25 * S)
+    registry.stood_still(10 * S, 30 * S)  # since 20 s
+    remaining = {c.registration.client: c.remaining_ms(30 * S) for c in registry.clients()}
+    assert remaining == {"old": 10 * S, "new": 30 * S}
+
+
+def test_a_registration_of_a_later_version_is_read_without_what_is_new() -> None:
+    document = json.loads(doc("c1", sub("g", later=1), later={"a": [1]}))
+    data = {"generation": 7, "later": 1, "clients": [{"document": document, "remaining_ms": 5}]}
+    registry = Registry()
+    assert registry.inherit(msgspec.Raw(json.dumps(data).encode()), 100)
+    (client,) = registry.clients()
+    assert client.registration == parse(doc("c1", sub("g")))
+    assert b"later" not in client.registration.document
+    assert (client.expires_ms, registry.generation) == (105, 7)
+
+
+@pytest.mark.parametrize(
+    ("clients", "said"),
+    [
+        ([{"document": {"app": "a"}}], r"clients\[0\].document"),
+        ([{"document": 7}], r"clients\[0\].document"),
+        ([{}], "document"),
+        ([{"document": {"app": "shop", "client": "a b", "groups": [sub()]}}], "client: 'a b'"),
+        ([{"document": json.loads(doc())}] * 2, "stands twice|is registered|differs"),
+        ([{"document": json.loads(doc()), "remaining_ms": -1}], ">= 0"),
+        (
+            [
+                {"document": json.loads(doc("c1", sub("g", "t")))},
+                {"document": json.loads(doc("c2", sub("g", "u")))},
+            ],
+            "conflict",
+        ),
+    ],
+)
+def test_registrations_that_are_none_change_nothing(clients: Any, said: str) -> None:
+    registry = Registry()
+    registry.register(doc("before"), 0)
+    before = all_of(registry, 0)
+    data = msgspec.Raw(json.dumps({"clients": clients, "generation": 99}).encode())
+    with pytest.raises(HandoverError, match=said):
+        registry.inherit(data, 0)
+    assert all_of(registry, 0) == before

@@ -189,6 +189,38 @@ def test_suspend_resume_and_goaway(bench: Bench) -> None:
     assert result(bench, handle, op="subscribe", group="g1")[0] == "reject"
 
 
+def test_closed_groups_are_left_by_everybody_and_joined_again(bench: Bench) -> None:
+    sessions = bench.control.sessions
+    one, two = bench.joined("c1", "g1"), bench.joined("c1", "g1,g2")
+    had = bench.subscribed(one), bench.subscribed(two)
+    sessions.close_groups()
+    sessions.close_groups()
+    bench.settle()
+    assert (bench.subscribed(one), bench.subscribed(two)) == ((), ())
+    # Whoever comes now is taken, and gets nothing either.
+    three = bench.joined("c1", "g1")
+    before = len(bench.engine.said("subscribe"))
+    assert all(call[1] != three for call in bench.engine.said("subscribe"))
+    sessions.open_groups()
+    bench.settle()
+    assert (bench.subscribed(one), bench.subscribed(two)) == had
+    assert bench.subscribed(three) == had[0]
+    assert len(bench.engine.said("subscribe")) == before + 3
+
+
+def test_who_is_let_go_hears_it_once_and_joins_nothing_any_more(bench: Bench) -> None:
+    one, fresh = bench.joined("c1", "g1"), bench.client()
+    bench.control.goaway()
+    bench.control.goaway()
+    bench.settle()
+    assert bench.subscribed(one) == ()
+    heard = [call for call in bench.engine.said("send") if call[1] in (one, fresh)]
+    assert [(h, f.kind, f.headers) for _, h, f in heard] == [
+        (one, "oneway", {"fm.op": "goaway", "fm.reason": "stopping"})
+    ]
+    assert result(bench, one, op="subscribe", group="g1")[0] == "later"
+
+
 @pytest.mark.parametrize("op", ["", "announce", "deliver", "forward", "check", "xyz"])
 def test_what_a_client_may_not_ask_is_refused_and_named(bench: Bench, op: str) -> None:
     handle = bench.joined("c1", "g1")

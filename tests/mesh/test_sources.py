@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from fastmesh import limits
 from fastmesh.config import Push
-from fastmesh.errors import ConfigError, ManagedElsewhereError, StaleError
+from fastmesh.errors import ConfigError, HandoverError, ManagedElsewhereError, StaleError
 from fastmesh.mesh.persist import SaveError
 from fastmesh.mesh.sources import Brokers, Schedules, WatchedFile
 from tests.conftest import LogLines
@@ -259,5 +260,139 @@ def test_the_native_schedule_is_the_same_object_while_nothing_in_it_changes(
         assert found.native("shop", {"n2": 8}) is not first
         await found.put(b"apps: {}", None)
         assert found.native("shop", {"n2": 8}) is None
+
+    asyncio.run(main())
+
+
+# --- hand-over ------------------------------------------------------------------------------------
+
+
+def saved(found: Any) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(found.save()))
+
+
+def test_a_successor_keeps_the_last_good_brokers_of_the_same_file(
+    tmp_path: Path, log_lines: LogLines
+) -> None:
+    async def main() -> None:
+        path = tmp_path / "brokers.yaml"
+        path.write_text(
+            'brokers: [{name: b1, address: "[::1]:1", weight: 7, topics: [a, "b*"]},'
+            ' {name: b2, address: "unix:/run/b2.sock"}]'
+        )
+        before = brokers(path, log_lines)
+        last = saved(before)
+        path.write_text("brokers: []")
+        push = Push(brokers_file=str(path))
+        after = Brokers(push, log_lines.log, last)
+        assert after.now == before.now, "as whoever has seen it full: not believed at once"
+        for _ in range(limits.EMPTY_POLLS):
+            await after.poll()
+        assert after.now == ()
+        assert Brokers(push, log_lines.log).now == (), "who starts afresh believes it"
+        path.write_text("brokers: 7")
+        assert Brokers(push, log_lines.log, last).now == before.now
+        path.write_text(TWO)
+        assert names(Brokers(push, log_lines.log, last)) == ["b1", "b2"]
+        other = tmp_path / "other.yaml"
+        other.write_text("brokers: []")
+        assert Brokers(Push(brokers_file=str(other)), log_lines.log, last).now == ()
+        listed = Push(brokers=before.now[:1])
+        assert names(Brokers(listed, log_lines.log, last)) == ["b1"]
+        assert Brokers(listed, log_lines.log).save().now == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": "b", "address": "nowhere"},
+        {"name": "b", "address": 7},
+        {"address": "127.0.0.1:1"},
+        {"name": "b", "address": "127.0.0.1:1", "weight": 101},
+        {"name": "b", "address": "127.0.0.1:1", "topics": "*"},
+    ],
+)
+def test_brokers_that_are_none_are_refused(
+    tmp_path: Path, log_lines: LogLines, wrong: dict[str, Any]
+) -> None:
+    path = tmp_path / "brokers.yaml"
+    path.write_text(ONE)
+    with pytest.raises(HandoverError, match="brokers"):
+        Brokers(Push(brokers_file=str(path)), log_lines.log, {"file": str(path), "now": [wrong]})
+
+
+def taken(log: LogLines, file: str = "", last: object = None) -> Schedules:
+    async def keep(data: bytes) -> None:
+        pass
+
+    return Schedules(log.log, node="n1", file=file, stored=None, keep=keep, last=last)
+
+
+def test_a_successor_has_the_schedule_that_was_put_and_counts_on(
+    tmp_path: Path, log_lines: LogLines
+) -> None:
+    async def main() -> None:
+        before = taken(log_lines)
+        for weight in (1, 2, 3):
+            await before.put(schedule(weight), None)
+        after = taken(log_lines, last=saved(before))
+        assert after.now == before.now
+        assert after.version == before.version == 4
+        await after.put(schedule(4), before.now.etag)
+        assert after.version == 5
+        file = tmp_path / "schedule.yaml"
+        file.write_bytes(schedule(50))
+        other = taken(log_lines, str(file), saved(after))
+        assert (other.version, other.now.source) == (6, "file")
+        same = taken(log_lines, str(file), saved(other))
+        assert same.version == 6
+        back = taken(log_lines, "", saved(same))
+        assert (back.version, back.now.source) == (7, "put")
+        assert back.now.etag == after.now.etag, "what was put stays known under a file"
+        odd = taken(log_lines, last={"version": 9, "stored": base64(b"apps: 7")})
+        assert (odd.version, odd.now.source) == (10, "none")
+        assert "schedule not taken" in log_lines.text()
+        with pytest.raises(HandoverError, match="schedule"):
+            taken(log_lines, last={"stored": "not base 64!"})
+
+    asyncio.run(main())
+
+
+def base64(data: bytes) -> str:
+    found: str = msgspec.to_builtins(data)
+    return found
+
+
+def test_nothing_is_put_while_it_is_held(log_lines: LogLines) -> None:
+    async def main() -> None:
+        entered, gate = asyncio.Event(), asyncio.Event()
+        kept: list[bytes] = []
+
+        async def keep(data: bytes) -> None:
+            entered.set()
+            await gate.wait()
+            kept.append(data)
+
+        found = Schedules(log_lines.log, node="n1", file="", stored=None, keep=keep)
+        under_way = asyncio.ensure_future(found.put(schedule(1), None))
+        await entered.wait()
+        behind = asyncio.ensure_future(found.put(schedule(2), None))
+        await asyncio.sleep(0)
+        holding = asyncio.ensure_future(found.hold())
+        await asyncio.sleep(0)
+        assert not holding.done()
+        gate.set()
+        await holding
+        await under_way
+        for late in (behind, asyncio.ensure_future(found.put(schedule(3), None))):
+            with pytest.raises(SaveError, match="upgraded") as caught:
+                await late
+            assert caught.value.status == 503
+        assert kept == [schedule(1)]
+        found.thaw()
+        await found.put(schedule(4), None)
+        assert kept == [schedule(1), schedule(4)]
 
     asyncio.run(main())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 
+import msgspec
 import pytest
 
+from fastmesh.errors import HandoverError
 from fastmesh.observe.events import CLOSE_REASONS, SAMPLE, Events
 from tests.conftest import LogLines
 from tests.fake_engine import Event
@@ -129,3 +131,28 @@ def test_a_parked_frame_goes_where_its_rule_says(
 def test_every_event_is_one_line(events: Events, log_lines: LogLines, event: Event) -> None:
     events.take(event)
     assert log_lines.text().count("\n") == 1
+
+
+def test_a_successor_knows_what_the_engine_does_not_say_again(
+    events: Events, log_lines: LogLines
+) -> None:
+    down = CLOSE_REASONS.index("heartbeat").to_bytes()
+    events.take(Event("endpoint_up", a=3, b=2))
+    events.take(Event("endpoint_up", a=4, b=1))
+    events.take(Event("endpoint_down", a=4, b=0, data=down))
+    events.take(Event("ejected", a=3, b=1000))
+    events.take(Event("stall", a=120))
+    after = Events(
+        log_lines.log,
+        listener_name=str,
+        endpoint_name=str,
+        verdict=lambda ticket, cluster: None,
+        drained=lambda thread: None,
+    )
+    for _ in range(2):
+        after.restore(msgspec.Raw(msgspec.json.encode(events.save())))
+    after.take(Event("endpoint_up", a=3, b=2))
+    assert after.health == events.health
+    assert after.stalls == events.stalls == 1
+    with pytest.raises(HandoverError, match=r"events.health\[0\].endpoint: 0"):
+        after.restore({"health": [{"endpoint": 0}]})

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 
+import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmesh import limits
+from fastmesh.errors import HandoverError
 from fastmesh.observe.log import Log, escape, escape_remote
 from tests.conftest import LogLines
 
@@ -107,3 +110,22 @@ def test_levels(log_lines: LogLines) -> None:
     log_lines.log.error("loud")
     assert "quiet" not in log_lines.text()
     assert "loud" in log_lines.text()
+
+
+def test_lost_lines_are_counted_on_by_a_successor() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    before, after = Log(fd=writer), Log(fd=writer)
+    for _ in range(3):
+        before.info("nobody reads")
+    after.info("nobody reads")
+    os.close(writer)
+    after.restore(before.save())
+    assert after.lines_lost == 4
+    before.lines_lost += 1
+    after.restore(msgspec.Raw(msgspec.json.encode(before.save())))
+    assert after.lines_lost == 5, "twice is as the second time alone"
+    after.restore({})
+    assert after.lines_lost == 1
+    with pytest.raises(HandoverError, match="log"):
+        after.restore({"lines_lost": -1})
