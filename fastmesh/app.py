@@ -17,15 +17,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import uvloop
 
 from fastmesh import config as configuration
-from fastmesh import limits
+from fastmesh import limits, saved
 from fastmesh._version import __version__
-from fastmesh.address import Address
+from fastmesh.address import Address, parse_address
 from fastmesh.admin.views import Views
 from fastmesh.config import Config
 from fastmesh.control.discovery import Discovery, Resolve, resolve_with_system
@@ -36,20 +38,37 @@ from fastmesh.errors import (
     ConfigError,
     EngineError,
     FastmeshError,
+    HandoverRefusedError,
     ListenError,
     NeedsUpgradeError,
     Problem,
     StateError,
 )
+from fastmesh.handover import document, launch, wire
+from fastmesh.handover.document import Document
+from fastmesh.handover.drain import IDLE, UPGRADE, Drain, Times
+from fastmesh.handover.giver import Giver, World
+from fastmesh.handover.hands import EngineHands
+from fastmesh.handover.notify import notify
+from fastmesh.handover.taker import Came, Taker
 from fastmesh.http.gate import Gate
 from fastmesh.http.server import HttpServer
 from fastmesh.observe.events import Events
 from fastmesh.observe.log import Log
+from fastmesh.observe.metrics import DrainFigures, HandoverFigures
 from fastmesh.observe.readings import Readings, poll
 
 if TYPE_CHECKING:
     from fastmesh.broker.server import Settings as BrokerSettings
     from fastmesh.mesh.plane import Plane
+    from fastmesh.mesh.registration_http import RegistrationServer
+
+ADMIN, REGISTRATION = "__admin__", "__registration__"
+"""Names of their sockets in a hand-over. Names of the configuration do not start with "__"."""
+HANDOVER_SOCKET = "handover.sock"
+DOOR_KINDS = ("engine", "admin", "registration")
+MOVED = ("downstream", "upstream", "requests", "pushes", "bytes")
+"""What the report counts of the engine's state."""
 
 EVENTS_AT_ONCE = 4096
 TICK_S = 1.0
@@ -93,6 +112,10 @@ class Mesh:
         self._accepting: set[int] = set()
         self._admin_socket: BoundSocket | None = None
         self._registration_socket: BoundSocket | None = None
+        self._servers: list[HttpServer | RegistrationServer] = []
+        self._launcher: launch.Launcher | None = None
+        self.giver: Giver | None = None
+        """Where a successor asks."""
         self.plane: Plane | None = None
         """The message mesh; None without a push section."""
         self._compiled: Compiled | None = None
@@ -106,9 +129,24 @@ class Mesh:
         self._stop_now = asyncio.Event()
         self._reload_again = False
         self._reload_task: asyncio.Task[None] | None = None
-        self._drain_task: asyncio.Task[None] | None = None
+        self.leaving: Drain | None = None
+        """The drain that is under way, or was last."""
+        self._drain_task: asyncio.Task[str] | None = None
+        self._drain_totals: Counter[tuple[str, str]] = Counter()
         self._asked_names: set[str] = set()
         self._learning: asyncio.Task[None] | None = None
+        self._heard: dict[str, dict[int, tuple[int, int]]] = {}
+        """Event of a hand-over -> engine thread -> (a, b)."""
+        self._news = asyncio.Event()
+        self._held = self._frozen = self._stopped_accepting = False
+        self._worlds: dict[str, int] = {}
+        self._moved: dict[str, int] = {}
+        self._handovers: Counter[str] = Counter()
+        self._left: list[dict[str, str]] = []
+        self._given = asyncio.Event()
+        self._way: asyncio.Task[str] | None = None
+        self._asked_to_go = asyncio.Event()
+        self._may_go = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
 
     # --- start ------------------------------------------------------------------------------------
@@ -116,17 +154,20 @@ class Mesh:
     async def start(self) -> None:
         """Everything up and accepting, or an exception with nothing left behind."""
         try:
-            await self._start()
+            # Nobody else may run with our state: checked before anything that others could see.
+            await self._prepare(StateDir(self.config.state_dir))
+            self.engine.start(self.compiled.snapshot)
+            await self._go()
+            _keep_objects()
         except BaseException:
             await self._stack.aclose()
             raise
 
-    async def _start(self) -> None:
+    async def _prepare(self, state_dir: StateDir, before: Document | None = None) -> None:
+        """Everything that can fail before a thread runs: sockets, what the last process left,
+        names, the snapshot, the engine. `before`: the document of a process that still serves."""
         config, stack = self.config, self._stack
-        loop = asyncio.get_running_loop()
-
-        # Nobody else may run with our state: checked before anything that others could see.
-        state_dir = StateDir(config.state_dir)
+        self._state_dir = state_dir
         stack.callback(state_dir.close)
 
         # Descriptors first: what follows is sized by them.
@@ -136,11 +177,9 @@ class Mesh:
         # outage.
         stack.callback(self._listeners.close)
         self._sockets = self._listeners.prepare(_wanted(config))
-        self._admin_socket = bind(config.admin.listen, "admin")
-        stack.callback(self._admin_socket.close)
+        self._admin_socket = self._door(config.admin.listen, ADMIN)
         if config.registration is not None:
-            self._registration_socket = bind(config.registration.listen, "registration")
-            stack.callback(self._registration_socket.close)
+            self._registration_socket = self._door(config.registration.listen, REGISTRATION)
 
         # What clients registered with the last process is in the first snapshot: they find their
         # groups as they left them. So are the files of brokers and schedules.
@@ -156,16 +195,17 @@ class Mesh:
                 put_in_force=self._put_mesh_in_force,
             )
             stack.push_async_callback(self.plane.close)
-            self.plane.open()
+            if before is not None and "plane" in before.parts:
+                self.plane.restore(before.part("plane"))
+            else:
+                self.plane.open()
 
         # Names that do not resolve in time are taken up later: a dead resolver must not stop a
         # start.
         stack.callback(self._discovery.close)
         await self._discovery.learn(config, self._mesh_addresses())
-        compiled = self._compile(config, self._connections_max)
+        self._compiled = self._compile(config, self._connections_max)
 
-        # Engine threads are created before this thread lowers its priority, because nice is
-        # inherited.
         self.engine = self._engine_factory(
             threads=config.engine.threads,
             spin_us=config.engine.spin_us,
@@ -180,21 +220,28 @@ class Mesh:
             drained=self._thread_drained,
             push=self.plane.take if self.plane is not None else None,
         )
-        self.engine.start(compiled.snapshot)
+
+    async def _go(self) -> None:
+        """The engine's threads run: listen to them, accept, and serve."""
+        config, stack = self.config, self._stack
+        loop = asyncio.get_running_loop()
         stack.push_async_callback(self._stop_engine)
-        self._compiled = compiled
         if self.plane is not None:
             # Before the first event: it has to be known what the numbers in it mean.
             self.plane.attach(self.engine, self.readings)
             stack.push_async_callback(self.plane.detach)
-            self.plane.compiled(compiled)
+            self.plane.compiled(self.compiled)
+        # Engine threads, and the one that starts a successor, were created before this thread
+        # lowers its priority, because nice is inherited.
+        self._launcher = launch.Launcher()
+        stack.callback(self._launcher.close)
         if self._lower_priority:
             lower_priority()
         loop.add_reader(self.engine.event_fd, self._take_events)
         stack.callback(loop.remove_reader, self.engine.event_fd)
 
         # Accepting starts only when every thread knows where frames go.
-        await self._wait_in_force(compiled.version)
+        await self._wait_in_force(self.compiled.version)
         self._move_listeners()
 
         # Registering comes last of the mesh: what it changes is compiled and announced at once.
@@ -206,17 +253,24 @@ class Mesh:
             registration = RegistrationServer(config.registration, self.plane.durable, self.log)
             await registration.start(self._registration_socket.sock)
             stack.push_async_callback(registration.close)
+            self._servers.append(registration)
 
+        assert self._admin_socket is not None
         admin = HttpServer("admin", Gate(config.admin), Views(self), self.log)
         await admin.start(self._admin_socket.sock)
         stack.push_async_callback(admin.close)
+        self._servers.append(admin)
+
+        # A successor may ask from here on.
+        self.giver = Giver(
+            self, os.path.join(config.state_dir, HANDOVER_SOCKET), self.log, self._handovers
+        )
+        self.giver.open()
+        stack.callback(self.giver.close)
 
         ticker = asyncio.ensure_future(self._tick())
         stack.push_async_callback(_cancel, ticker)
         self.state = "serving"
-        # What lives now lives for long: the collector need not walk it again.
-        gc.collect()
-        gc.freeze()
         self.log.info(
             "ready",
             version=__version__,
@@ -226,6 +280,12 @@ class Mesh:
             config=config.sha256[:12],
             after_ms=round(self.uptime_s * 1000),
         )
+
+    def _door(self, address: Address, name: str) -> BoundSocket:
+        """A listening socket of the control plane: the predecessor's, if it had the same."""
+        bound = self._listeners.take(address, name) or bind(address, name)
+        self._stack.callback(bound.close)
+        return bound
 
     def _fit_descriptors(self, config: Config) -> int:
         connections_max, warning = fit_descriptors(config)
@@ -433,8 +493,16 @@ class Mesh:
         if self._asked_names - known and (self._learning is None or self._learning.done()):
             self._learning = asyncio.ensure_future(self._learn(addresses))
         async with self._changing:
-            if self.state == "serving":
+            if self._takes_snapshots():
                 await self._put_in_force(self.config, self._connections_max)
+
+    def _takes_snapshots(self) -> bool:
+        """Also in the first steps of a drain, which may be cancelled: registrations go on, and a
+        broker that is new then is suspended like the others."""
+        drain = self.leaving
+        if self.state != "draining" or drain is None:
+            return self.state == "serving"
+        return not drain.is_letting_go and drain.cause != UPGRADE
 
     async def _learn(self, addresses: list[Address]) -> None:
         await self._discovery.learn(self.config, addresses)
@@ -445,14 +513,283 @@ class Mesh:
         if not await self._discovery.refresh(self.config, self._mesh_addresses()):
             return
         async with self._changing:
-            if self.state == "serving":
+            if self._takes_snapshots():
                 await self._put_in_force(self.config, self._connections_max)
+
+    # --- upgrade ----------------------------------------------------------------------------------
+
+    async def upgrade(self) -> dict[str, Any]:
+        """Start a successor with the same interpreter and configuration file, and wait for its
+        report (fastmesh.handover.launch)."""
+        if self._launcher is None:
+            return launch.refused("stopping", f"no upgrade while {self.state}")
+        source, timeout_s = self.config.source, limits.HANDOVER_REPORT_S
+        future = self._launcher.submit(lambda: launch.upgrade(source, timeout_s=timeout_s))
+        return await asyncio.wrap_future(future)
+
+    def handover_status(self) -> dict[str, Any]:
+        return {} if self.giver is None else self.giver.status()
+
+    def handover_figures(self) -> HandoverFigures:
+        pauses_s = [pause / 1000 for pause in self.pauses_ms()]
+        return HandoverFigures(self._handovers, pauses_s)
+
+    # --- hand-over, the giving side (fastmesh.handover.giver) -------------------------------------
+
+    def phase(self) -> str:
+        return self.state
+
+    def descriptors(self) -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def state_versions(self) -> tuple[int, int]:
+        return state_versions()
+
+    async def hold(self) -> None:
+        await self._changing.acquire()  # a reload under way ends first
+        self._held = True
+        if self.plane is not None:
+            await self.plane.hold(limits.HANDOVER_ANSWERS_S)
+
+    def doors(self) -> list[tuple[wire.Listener, int]]:
+        found = [(name, "engine", bound) for name, bound in self._sockets.items()]
+        if self._admin_socket is not None:
+            found.append((ADMIN, "admin", self._admin_socket))
+        if self._registration_socket is not None:
+            found.append((REGISTRATION, "registration", self._registration_socket))
+        return [
+            (wire.Listener(name, kind, str(bound.address), bound.inode), bound.sock.fileno())
+            for name, kind, bound in found
+        ]
+
+    def lock(self) -> int:
+        return self._state_dir.fd
+
+    def process_document(self) -> bytes:
+        parts: dict[str, Any] = {
+            "snapshot": self._directory.save(self._version),
+            "names": self._discovery.save(),
+            "log": self.log.save(),
+            "moved": {"listeners": len(self.doors()), **self._worlds},
+            "left": self._left,
+            "handovers": self._handovers,
+            "drains": [[*key, count] for key, count in self._drain_totals.items()],
+        }
+        if self._held:
+            parts["events"] = self.events.save()
+            if self.plane is not None:
+                parts["plane"] = self.plane.save()
+        return document.encode(parts)
+
+    async def close_doors(self) -> None:
+        closed = [await server.hold(limits.HANDOVER_ANSWERS_S) for server in self._servers]
+        self._left = []
+        if sum(closed):
+            what = f"{sum(closed)} connections of the admin or registration interface"
+            self._left.append({"what": what, "why": "closed: they carry no state"})
+
+    async def freeze(self) -> None:
+        self._heard.clear()
+        gc.disable()  # a collection would make the pause longer
+        self.engine.freeze()
+        self._frozen = True
+        await self._hear("frozen")
+
+    async def save(self) -> list[World]:
+        if self.plane is not None:
+            # What the engine had to say before it stood still is answered before anything is saved.
+            while not self.plane.is_said():
+                self.plane.settle()
+                await asyncio.sleep(0)
+            self.plane.still()
+        self.engine.save()
+        for thread, (error, _) in (await self._hear("saved")).items():
+            if error:
+                raise OSError(error, f"engine thread {thread} cannot save: {os.strerror(error)}")
+        worlds = []
+        for thread in range(self.config.engine.threads):
+            saved = self.engine.saved(thread)
+            figures = {key: int(getattr(saved, key)) for key in MOVED}
+            worlds.append(World(thread, saved.memfd, saved.descriptors, figures))
+        self._worlds = {key: sum(world.figures[key] for world in worlds) for key in MOVED}
+        return worlds
+
+    async def _hear(self, kind: str) -> dict[int, tuple[int, int]]:
+        """What every engine thread said."""
+        while len(found := self._heard.get(kind, {})) < self.config.engine.threads:
+            self._news.clear()
+            await self._news.wait()
+        return found
+
+    async def thaw(self) -> None:
+        if self._frozen:  # (else the freeze itself has failed)
+            self._frozen = False
+            self.engine.thaw()
+        gc.enable()
+
+    async def resume(self) -> None:
+        if self._way is not None:
+            self._way.cancel()
+            with contextlib.suppress(asyncio.CancelledError, FastmeshError):
+                await self._way
+            self._way = None
+        if not self._stop_asked.is_set():
+            if self._stopped_accepting:
+                self._stopped_accepting = False
+                self.engine.accept(True)
+            for server in self._servers:
+                await server.resume()
+        if self._held:
+            self._held = False
+            if self.plane is not None:
+                self.plane.thaw()
+            self._changing.release()
+
+    async def suspend(self) -> None:
+        self._may_go.clear()
+        self._asked_to_go.clear()
+
+        async def listeners_may_go() -> None:
+            self._asked_to_go.set()
+            await self._may_go.wait()
+
+        self._way = asyncio.ensure_future(self.give_way(listeners_may_go))
+
+    async def settle(self) -> None:
+        assert self._way is not None
+        asked = asyncio.ensure_future(self._asked_to_go.wait())
+        try:
+            await asyncio.wait([self._way, asked], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.cancel()
+        if self._way.done():
+            self._way.result()  # raises why it went another way
+            raise StateError("the drain ended before the listeners could go")
+
+    def stop_accepting(self) -> None:
+        self._stopped_accepting = True
+        self.engine.accept(False)
+
+    async def let_go(self) -> None:
+        assert self._way is not None
+        self._may_go.set()
+        # They are the successor's, with their paths: this process ends later than it begins.
+        for bound in (self._admin_socket, self._registration_socket):
+            if bound is not None:
+                bound.forget()
+        await self._way
+        self._way = None
+        if not self._all_drained.is_set():
+            self.engine.abort_in_flight()
+            await _first(self._all_drained, timeout_s=ABORT_WAIT_S)
+
+    async def release(self) -> None:
+        self.engine.release()
+        if self.plane is not None:
+            self.plane.abandon()
+        self._listeners.forget()
+        for bound in (self._admin_socket, self._registration_socket):
+            if bound is not None:
+                bound.forget()
+        await self._stop_engine()
+
+    def handed_over(self) -> None:
+        self.state = "gone"
+        self._given.set()
+
+    # --- hand-over, the taking side ---------------------------------------------------------------
+
+    async def prepare_from(self, came: Came, before: Document | None) -> None:
+        """Everything that can fail before connections come. `came` keeps its descriptors. Raises
+        FastmeshError with nothing left behind."""
+        try:
+            if came.lock < 0:
+                raise StateError("the lock of the state directory did not come")
+            state_dir = StateDir.adopt(self.config.state_dir, os.dup(came.lock))
+            for door in came.doors:
+                one = door.listener
+                if one.kind in DOOR_KINDS:
+                    address = parse_address(one.address, "/", port_min=0)
+                    self._listeners.adopt(address, one.name, os.dup(door.fd), one.inode)
+            if before is not None:
+                self._version = self._directory.restore(before.part("snapshot"))
+                self._discovery.restore(before.part("names"))
+            await self._prepare(state_dir, before)
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    def adopt(self) -> None:
+        """Ready to load: the engine knows the snapshot, and connects nowhere."""
+        gc.disable()  # until it serves: a collection would make the pause longer
+        self.engine.adopt(self.compiled.snapshot)
+
+    def load(self, thread: int, memfd: int, descriptors: Sequence[int]) -> None:
+        self.engine.load(thread, memfd, descriptors)
+
+    def restore(self, process: Document) -> None:
+        """The document as it stood when everything was frozen."""
+        plane = self.plane if "plane" in process.parts else None
+        if plane is not None and plane.restore(process.part("plane")):
+            plane.ask_snapshot()  # what was registered since the first copy
+        self.events.restore(process.part("events"))
+        self.log.restore(process.part("log"))
+        self._moved = saved.read(process.part("moved"), dict[str, saved.Count], "moved")
+        self._left = saved.read(process.part("left") or [], list[dict[str, saved.Text]], "left")
+        self._handovers.update(
+            saved.read(process.part("handovers"), dict[str, saved.Count], "handovers")
+        )
+        self._handovers["done"] += 1
+        shape = list[tuple[saved.Text, saved.Text, saved.Count]]
+        for step, outcome, count in saved.read(process.part("drains") or [], shape, "drains"):
+            self._drain_totals[step, outcome] += count
+
+    async def own(self, *, loaded: bool) -> None:
+        """Everything is ours: run, accept, serve. `loaded`: connections came."""
+        if loaded:
+            self.engine.start_adopted()
+        else:
+            if self.plane is not None:
+                self.plane.forget_connections()
+            self._moved = {"listeners": len(self.doors())}
+            self.engine.start(self.compiled.snapshot)
+        self._listeners.own()
+        for bound in (self._admin_socket, self._registration_socket):
+            if bound is not None:
+                bound.own()
+        self._state_dir.own()
+        await self._go()
+        if loaded:
+            await self._hear("thawed")
+        # Not before: the engine may arm its connections on the very CPU that this would take.
+        _keep_objects()
+
+    def pauses_ms(self) -> list[float]:
+        return [
+            round((armed - frozen) / 1e6, 3)
+            for _, (armed, frozen) in sorted(self._heard.get("thawed", {}).items())
+            if frozen
+        ]
+
+    def moved(self) -> dict[str, int]:
+        return {key: self._moved.get(key, 0) for key in ("listeners", *MOVED)}
+
+    def left(self) -> list[dict[str, str]]:
+        return self._left
+
+    async def discard(self) -> None:
+        """Nothing of this is used: close what was built, shut nothing down, remove no path."""
+        await self._stack.aclose()
 
     # --- events -----------------------------------------------------------------------------------
 
     def _take_events(self) -> None:
         for event in self.engine.events(EVENTS_AT_ONCE):
-            self.events.take(event)
+            if event.kind in ("frozen", "saved", "thawed"):
+                self._heard.setdefault(event.kind, {})[event.thread] = (event.a, event.b)
+                self._news.set()
+            else:
+                self.events.take(event)
         if self.plane is not None:
             self.plane.settle()
 
@@ -471,59 +808,113 @@ class Mesh:
 
     # --- stop -------------------------------------------------------------------------------------
 
-    def drain(self) -> None:
-        """Accept nothing new; clients are let go one by one as they fall quiet. The process stays.
+    def drain(self, *, hold: bool = False, cause: str = "admin") -> None:
+        """Nothing new comes, what came is answered, clients are let go one by one as they fall
+        quiet (fastmesh.handover.drain). The process stays.
 
-        With a message mesh brokers and peers are asked first to push nothing more: until they have
-        agreed and what they pushed is answered, for at most stop_timeout_ms, clients stay."""
-        if self.state != "serving":
-            return
-        self.state = "draining"
-        self.log.info("draining")
-        if self.plane is None:
-            self._let_go()
+        With `hold` clients stay until it is asked without; StateError when they are being let go
+        already, or fastmesh is not serving."""
+        if self.state == "serving":
+            self.log.info("draining")
+            self._leave(self._new_drain(hold=hold, cause=cause))
+        elif self.state != "draining" or self.leaving is None:
+            raise StateError(f"no drain while {self.state}")
+        elif hold:
+            self.leaving.hold()
         else:
-            self._drain_task = asyncio.ensure_future(self._leave_mesh(self.plane))
+            self.leaving.release()
 
-    async def _leave_mesh(self, plane: Plane) -> None:
-        leaving = asyncio.ensure_future(plane.leave(self.config.limits.stop_timeout_ms / 1000))
-        stop_now = asyncio.ensure_future(self._stop_now.wait())
+    def cancel_drain(self) -> None:
+        """Back to serving, as long as clients are not being let go. Raises StateError."""
+        if self.leaving is None:
+            raise StateError("no drain is under way")
+        self.leaving.cancel()
+        self.state = "serving"
+
+    async def give_way(self, listeners_may_go: Callable[[], Awaitable[None]]) -> str:
+        """The drain of a hand-over that cannot move connections. Brokers are suspended and pushes
+        answered; `listeners_may_go` is awaited: when it returns, another process has the listeners;
+        clients are let go. Returns how the last step ended: what is left then, `stop()` answers.
+
+        Raises what `listeners_may_go` raises, and StateError while not serving: serving goes on."""
+        if self.state != "serving":
+            raise StateError(f"no hand-over while {self.state}")
+        self.log.info("draining")
+        drain = self._new_drain(cause=UPGRADE, may_go=listeners_may_go)
         try:
-            await asyncio.wait([leaving, stop_now], return_when=asyncio.FIRST_COMPLETED)
-            if leaving.done() and (fault := leaving.exception()) is not None:
-                self.log.error("brokers were not asked to stop", reason=repr(fault))
+            return await self._leave(drain)
         finally:
-            stop_now.cancel()
-            leaving.cancel()
-            self._let_go()
+            if not drain.is_letting_go and self.state == "draining":
+                self.state = "serving"
 
-    def _let_go(self) -> None:
-        self.engine.drain()
-        # Our duplicates too: a connect must be refused, not wait in a backlog that nobody reads.
-        self._listeners.close()
+    def drain_status(self) -> Mapping[str, Any]:
+        return IDLE if self.leaving is None else self.leaving.status()
+
+    def drain_figures(self) -> DrainFigures:
+        return DrainFigures() if self.leaving is None else self.leaving.figures()
+
+    def _new_drain(self, **options: Any) -> Drain:
+        hands = EngineHands(
+            self.engine,
+            self.plane,
+            self.readings,
+            rows=self._directory.rows,
+            stop_accepting=self._listeners.leave,
+            gone=self._all_drained.is_set,
+        )
+        times = Times.of(self.config.limits)
+        return Drain(hands, self.log, times, totals=self._drain_totals, **options)
+
+    def _leave(self, drain: Drain) -> asyncio.Task[str]:
+        self.state = "draining"
+        self.leaving = drain
+        self._drain_task = asyncio.ensure_future(drain.run())
+        drain.begin()
+        return self._drain_task
 
     def ask_stop(self) -> None:
         """SIGTERM: gracefully; the second time: at once."""
+        if self.giver is not None:
+            self.giver.stop()
         if self._stop_asked.is_set():
             self._stop_now.set()
+            if self.leaving is not None:
+                self.leaving.cut()
         self._stop_asked.set()
 
     async def run_until_stopped(self) -> None:
-        """Serve until `ask_stop()`, then drain for stop_timeout_ms, answer the rest, tear down."""
-        await self._stop_asked.wait()
-        await self.stop()
+        """Serve until `ask_stop()`, then drain for stop_timeout_ms, answer the rest, tear down; or
+        until a successor has everything."""
+        await _first(self._stop_asked, self._given)
+        if self.giver is not None:
+            await self.giver.ended()  # which way is soon known: every step has a deadline
+        if self._given.is_set():
+            for (
+                server
+            ) in self._servers:  # whoever asked for this upgrade still waits for its answer
+                await server.hold(limits.HANDOVER_LAST_ANSWER_S)
+            await self._stack.aclose()
+            self.log.info("gone", uptime_s=round(self.uptime_s, 3))
+        else:
+            await self.stop()
 
     async def stop(self) -> None:
-        until = time.monotonic() + self.config.limits.stop_timeout_ms / 1000
+        until = asyncio.get_running_loop().time() + self.config.limits.stop_timeout_ms / 1000
         async with self._changing:  # a reload under way ends first: it is bounded
-            self.drain()
-        if self._drain_task is not None:
-            await self._drain_task
-        timeout_s = max(0.0, until - time.monotonic())
-        await _first(self._all_drained, self._stop_now, timeout_s=timeout_s)
+            if self.state == "serving":
+                self.drain(cause="signal")
+        if self.leaving is not None and self._drain_task is not None:
+            self.leaving.stop(until)
+            if self._stop_now.is_set():
+                self.leaving.cut()
+            await asyncio.wait([self._drain_task])
+            task = self._drain_task
+            if not task.cancelled() and (fault := task.exception()) is not None:
+                self.log.error("drain failed", error=repr(fault))
         self.state = "stopping"
         if not self._all_drained.is_set():
-            self.log.warning("stopping with requests or connections left")
+            left = {} if self.leaving is None else self.leaving.told()
+            self.log.warning("stopping with requests or connections left", **left)
             self.engine.abort_in_flight()
             await _first(self._all_drained, timeout_s=ABORT_WAIT_S)
         await self._stack.aclose()
@@ -601,7 +992,7 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
         await task
 
 
-async def _first(*events: asyncio.Event, timeout_s: float) -> None:
+async def _first(*events: asyncio.Event, timeout_s: float | None = None) -> None:
     """Until one of the events is set or the time is over."""
     tasks = [asyncio.ensure_future(event.wait()) for event in events]
     await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -622,6 +1013,79 @@ class _LibraryLog(logging.Handler):
         self._log.limited(level, record.name, record.getMessage(), logger=record.name, error=error)
 
 
+class Successor:
+    """The mesh that is being built while another process still serves (fastmesh.handover.taker)."""
+
+    def __init__(self, config: Config, log: Log) -> None:
+        self._config = config
+        self._log = log
+        self.mesh: Mesh | None = None
+
+    def _new(self) -> Mesh:
+        self.mesh = Mesh(self._config, self._log, lower_priority=True)
+        return self.mesh
+
+    def _built(self) -> Mesh:
+        assert self.mesh is not None
+        return self.mesh
+
+    def threads(self) -> int:
+        return self._config.engine.threads
+
+    def state_versions(self) -> tuple[int, int]:
+        return state_versions()
+
+    async def prepare(self, came: Came, process: Document | None) -> None:
+        await self._new().prepare_from(came, process)
+        if process is not None:
+            self._built().adopt()
+
+    async def load(self, thread: int, memfd: int, descriptors: Sequence[int]) -> None:
+        self._built().load(thread, memfd, descriptors)
+
+    async def restore(self, process: Document) -> None:
+        self._built().restore(process)
+
+    async def own(self) -> None:
+        await self._built().own(loaded=True)
+
+    async def own_listeners(self) -> None:
+        await self._built().own(loaded=False)
+
+    async def discard(self) -> None:
+        if self.mesh is not None:
+            await self.mesh.discard()
+            self.mesh = None
+
+    async def start_fresh(self) -> None:
+        await self._new().start()
+
+    async def start_fresh_with_listeners(self, came: Came) -> None:
+        mesh = self._new()
+        await mesh.prepare_from(came, None)
+        await mesh.own(loaded=False)
+
+    def pauses_ms(self) -> list[float]:
+        return self._built().pauses_ms()
+
+    def moved(self) -> dict[str, int]:
+        return self._built().moved()
+
+    def left(self) -> list[dict[str, str]]:
+        return self._built().left()
+
+
+@dataclass(frozen=True, slots=True)
+class Takeover:
+    """How `fastmesh run --takeover` was asked."""
+
+    mode: wire.Mode = "auto"
+    timeout_s: float = 30.0
+    report_fd: int = -1
+    """Somebody waits for the report there: without a predecessor nothing is started, and its output
+    is taken over."""
+
+
 async def _serve(config: Config, log: Log) -> None:
     mesh = Mesh(config, log, lower_priority=True)
     loop = asyncio.get_running_loop()
@@ -629,18 +1093,72 @@ async def _serve(config: Config, log: Log) -> None:
     loop.add_signal_handler(signal.SIGTERM, mesh.ask_stop)
     loop.add_signal_handler(signal.SIGINT, mesh.ask_stop)
     await mesh.start()
+    await _run(mesh)
+
+
+async def _run(mesh: Mesh) -> None:
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, mesh.ask_stop)
+    loop.add_signal_handler(signal.SIGINT, mesh.ask_stop)
     loop.add_signal_handler(signal.SIGHUP, mesh.ask_reload)
+    notify("READY=1", f"MAINPID={mesh.pid}")
     await mesh.run_until_stopped()
 
 
-def run(path: str) -> None:
+async def _take_over(config: Config, log: Log, how: Takeover) -> None:
+    """Become the successor of whoever serves with this state directory. Raises FastmeshError."""
+    successor = Successor(config, log)
+    waiting = how.report_fd >= 0
+
+    def reported(report: dict[str, Any]) -> None:
+        if waiting:
+            launch.write_report(how.report_fd, report)
+
+    taker = Taker(
+        successor,
+        os.path.join(config.state_dir, HANDOVER_SOCKET),
+        log,
+        mode=how.mode,
+        stdio=waiting,
+        needs_giver=waiting,
+        reported=reported,
+    )
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, taker.driver.stop)
+    loop.add_signal_handler(signal.SIGINT, taker.driver.stop)
+    if await taker.run() == "refused":
+        raise HandoverRefusedError(taker.code, taker.reason)
+    assert successor.mesh is not None
+    if taker.stop_asked:
+        successor.mesh.ask_stop()
+    await _run(successor.mesh)
+
+
+def _keep_objects() -> None:
+    """What lives now lives for long: the collector need not walk it again."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+
+
+def state_versions() -> tuple[int, int]:
+    """The oldest state that can be read, and the one that is written."""
+    from fastmesh._ext.engine import STATE_VERSION, STATE_VERSION_MIN
+
+    return max(1, STATE_VERSION_MIN), STATE_VERSION
+
+
+def run(path: str, takeover: Takeover | None = None) -> None:
     """`fastmesh run`: serve until SIGTERM. Raises FastmeshError."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     config = configuration.load(path)
     log = Log(form=config.log.format, level=config.log.level)
     logging.getLogger().addHandler(_LibraryLog(log))
     drop_privileges_for_good()
-    uvloop.run(_serve(config, log))
+    if takeover is None:
+        uvloop.run(_serve(config, log))
+    else:
+        uvloop.run(_take_over(config, log, takeover))
 
 
 async def _serve_broker(settings: BrokerSettings, log: Log) -> None:

@@ -1,7 +1,7 @@
 """The command line. Errors are one readable line; `--debug` adds the traceback.
 
 Exit codes: 0 done, 1 failure, 2 wrong usage, 64 the configuration cannot be used, 69 no fastmesh
-answers, 75 the state directory is in use.
+answers, 75 the state directory is in use, or (drain --wait) it is not safe to stop yet.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import click
 
 from fastmesh._version import __version__
-from fastmesh.errors import EXIT_FAILURE, ConfigError, FastmeshError
+from fastmesh.errors import EXIT_FAILURE, ConfigError, FastmeshError, NotSafeError
 
 if TYPE_CHECKING:
     from fastmesh.admin.client import AdminClient
@@ -95,7 +95,7 @@ Examples:
   fastmesh demo                       see it work, nothing else needed
 \b
 Exit codes: 1 failure, 2 wrong usage, 64 configuration, 69 no fastmesh answers,
-75 state directory in use.
+75 state directory in use, or not safe to stop yet.
 """,
 )
 @click.version_option(__version__, message="%(version)s")
@@ -104,14 +104,77 @@ def cli() -> None:
     """A message mesh: one process beside every application that carries its traffic."""
 
 
-@cli.command(epilog="\b\nExample:\n  fastmesh run -c /etc/fastmesh.yaml")
+HANDOVER_MODES = click.Choice(["auto", "move", "drain"])
+
+
+@cli.command(
+    epilog="\b\nExamples:\n  fastmesh run -c /etc/fastmesh.yaml\n"
+    "  fastmesh run --takeover -c /etc/fastmesh.yaml"
+)
 @config_option
+@click.option(
+    "--takeover",
+    is_flag=True,
+    help="Take everything over from the process that serves with the same state_dir; where there"
+    " is none, just start.",
+)
+@click.option("--handover-mode", type=HANDOVER_MODES, default="auto", hidden=True)
+@click.option("--report-fd", type=click.IntRange(3), default=None, hidden=True)
 @debug_option
-def run(path: str) -> None:
+def run(path: str, takeover: bool, handover_mode: str, report_fd: int | None) -> None:
     """Serve until SIGTERM or SIGINT (twice: at once). SIGHUP reads FILE again."""
     from fastmesh import app
 
-    app.run(path)
+    if not takeover:
+        app.run(path)
+        return
+    fd = -1 if report_fd is None else report_fd
+    app.run(path, app.Takeover(mode=handover_mode, report_fd=fd))  # type: ignore[arg-type]
+
+
+@cli.command(
+    epilog="\b\nExamples:\n  fastmesh upgrade -c fastmesh.yaml\n"
+    "  fastmesh upgrade -c fastmesh.yaml --json\n\b\n"
+    "Exit codes: 0 the new process serves, 1 refused or failed (the old one serves on),\n"
+    "64 FILE cannot be used (nothing was touched), 69 no fastmesh serves."
+)
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
+@click.option(
+    "--mode",
+    type=HANDOVER_MODES,
+    default="auto",
+    show_default=True,
+    help="move: everything or nothing. drain: the listeners only, connections end by themselves."
+    " auto: move, or drain where the versions are too far apart.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1.0, 3600.0),
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for the report.",
+)
+@debug_option
+def upgrade(path: str, as_json: bool, mode: str, timeout: float) -> int:
+    """Replace the running fastmesh by a new process: this code, this FILE.
+
+    Live connections move with everything that is under way on them. Either all of it moves, or
+    nothing does and the old process serves on.
+    """
+    import msgspec
+
+    from fastmesh import config as configuration
+    from fastmesh.handover import launch
+
+    configuration.load(path)  # what is wrong with it is said before a process is started
+    report = launch.upgrade(path, mode=mode, timeout_s=timeout)
+    if as_json:
+        click.echo(msgspec.json.encode(report).decode())
+    else:
+        for line in launch.explain(report):
+            click.echo(line, err=not report["ok"])
+    return launch.exit_code(report)
 
 
 @cli.command(epilog="\b\nExample:\n  fastmesh check -c fastmesh.yaml && systemctl reload fastmesh")
@@ -147,6 +210,10 @@ def status(path: str | None, admin: str | None, token_file: str | None, as_json:
     click.echo(f"fastmesh {found['version']}, process {found['pid']}, node {found['node']}")
     drained = ", drained" if found["drained"] else ""
     click.echo(f"state    {found['state']}{drained}, up {found['uptime_s']:.0f} s")
+    if (drain := found["drain"])["step"] != "none":
+        safe = ", safe to stop" if drain["safe_to_stop"] else ""
+        left = f", waits for {_left(drain['waiting_for'])}" if drain["waiting_for"] else ""
+        click.echo(f"drain    step {drain['step']}{safe}, {drain['since_ms'] / 1000:.1f} s{left}")
     click.echo(f"config   {config['version']}, sha256 {config['sha256'][:12]}, {config['source']}")
     for name, address in found["listeners"].items():
         click.echo(f"listens  {name} on {address}")
@@ -199,28 +266,86 @@ def top(
             _pause(interval)
 
 
-@cli.command(epilog="\b\nExamples:\n  fastmesh drain -c fastmesh.yaml --wait --timeout 60")
-@click.option("--wait", is_flag=True, help="Come back when nothing is left.")
+@cli.command(
+    epilog="\b\nExamples:\n"
+    "  fastmesh drain -c fastmesh.yaml --wait --timeout 60 && systemctl stop fastmesh\n"
+    "  fastmesh drain -c fastmesh.yaml --hold --wait\n"
+    "  fastmesh drain -c fastmesh.yaml --cancel\n\b\n"
+    "Exit code: 0 when it is safe to stop (without --wait: when the drain has begun), 75 when it\n"
+    "is not yet after SECONDS, 1 when fastmesh refuses or the drain was cancelled."
+)
+@click.option("--wait", is_flag=True, help="Come back when it is safe to stop.")
+@click.option(
+    "--hold", is_flag=True, help="Suspend brokers and let pushes be answered; clients stay."
+)
+@click.option("--cancel", is_flag=True, help="Serve again, as long as clients are not let go.")
 @click.option(
     "--timeout",
     type=click.FloatRange(0.1, 86400.0),
     default=300.0,
     show_default=True,
-    help="Seconds to wait at most.",
+    metavar="SECONDS",
+    help="With --wait: wait at most so long. The drain goes on.",
 )
 @admin_options
 def drain(
-    path: str | None, admin: str | None, token_file: str | None, wait: bool, timeout: float
+    *,
+    path: str | None,
+    admin: str | None,
+    token_file: str | None,
+    wait: bool,
+    hold: bool,
+    cancel: bool,
+    timeout: float,
 ) -> None:
-    """Accept nothing new and let clients go as they fall quiet. The process stays until SIGTERM."""
+    """Prepare a stop: brokers push nothing more, what they pushed is answered, clients go.
+
+    The process stays, and says when it is safe to stop it. SIGTERM does the same within
+    limits.stop_timeout_ms.
+    """
     client = _client(path, admin, token_file)
-    client.post("/v1/drain")
+    if cancel:
+        if wait or hold:
+            raise click.UsageError("--cancel goes with neither --wait nor --hold")
+        click.echo(client.post("/v1/drain/cancel")["state"])
+        return
+    client.post("/v1/drain?hold" if hold else "/v1/drain")
+    if not wait:
+        click.echo("draining")
+        return
     until = time.monotonic() + timeout
-    while wait and not client.get("/v1/status")["drained"]:
+    while True:
+        found = client.get("/v1/status")["drain"]
+        if found["step"] == "none":
+            raise FastmeshError("the drain was cancelled")
+        if found["safe_to_stop"]:
+            break
         if time.monotonic() >= until:
-            raise FastmeshError(f"not drained after {timeout:g} s")
+            left = _left(found["waiting_for"]) or "its end"
+            raise NotSafeError(
+                f"not safe to stop after {timeout:g} s: step {found['step']} waits for {left}"
+            )
         _pause(POLL_S)
-    click.echo("drained" if wait else "draining")
+    click.echo("safe to stop")
+    for step in found["steps"]:
+        if step["left"]:
+            click.echo(f"step {step['step']} {step['outcome']}: {_left(step['left'])}")
+
+
+def _left(waiting: dict[str, Any]) -> str:
+    """`waiting_for` of a drain as a sentence."""
+    found = []
+    for what, some in waiting.items():
+        named = some
+        if isinstance(some, dict):
+            named = ", ".join(f"{name} {count}" for name, count in some.items())
+        elif isinstance(some, list):
+            named = ", ".join(some)
+        found.append(f"{_WORDS.get(what, what)} {named}")
+    return "; ".join(found)
+
+
+_WORDS = {"groups": "pushes of", "connections": "connections on", "brokers": "brokers"}
 
 
 @cli.command(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def with_listener(text: str, name: str, address: str = "127.0.0.1:0") -> str:
     """The same with one more listener."""
     line = f'{{name: {name}, listen: "{address}", protocol: bolt, routes: [{{cluster: others}}]}}'
     return text.replace("clusters:\n", f"  - {line}\nclusters:\n", 1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept() -> Iterator[None]:
+    """A mesh that serves takes all that lives out of the collector's sight. In a process of tests
+    that would keep every engine of every test, with its descriptors."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_a_start_that_fails_leaves_nothing_behind(
         assert not isinstance(caught.value, AssertionError)
         if fault == "in force":
             assert mesh.engine.stopped
-            os.close(mesh.engine.event_fd)
+            mesh.engine.close_events()
         assert len(os.listdir("/proc/self/fd")) == len(before)
         assert mesh.state == "starting"
 
@@ -334,7 +334,7 @@ def test_nothing_is_left_after_a_stop(running: Running, config_file: Path) -> No
         fds = len(os.listdir("/proc/self/fd"))
         async with running() as mesh:
             pass
-        os.close(mesh.engine.event_fd)
+        mesh.engine.close_events()
         assert len(os.listdir("/proc/self/fd")) == fds
 
     asyncio.run(main())

@@ -20,7 +20,18 @@ import pytest
 from fastmesh import __version__, cli
 from fastmesh._ext.load import EchoServer, LoadRun
 
-COMMANDS = ("broker", "run", "check", "status", "top", "drain", "demo", "bench", "version")
+COMMANDS = (
+    "broker",
+    "run",
+    "upgrade",
+    "check",
+    "status",
+    "top",
+    "drain",
+    "demo",
+    "bench",
+    "version",
+)
 CONFIG = """\
 node: {{name: real, app: test}}
 state_dir: run
@@ -274,10 +285,42 @@ def test_traffic_status_top_reload_drain_and_stop(
     )
     assert status_json["config"]["version"] == 2
     drain = fastmesh("drain", *config, "--wait", "--timeout", "20")
-    assert (drain.returncode, drain.stdout) == (0, "drained\n"), drain.stderr
-    assert "draining, drained" in fastmesh("status", *config).stdout
+    assert (drain.returncode, drain.stdout) == (0, "safe to stop\n"), drain.stderr
+    status = fastmesh("status", *config)
+    assert "draining, drained" in status.stdout
+    assert "drain    step done, safe to stop" in status.stdout
     assert process.stop() == 0
     assert "reloaded version=2" in process.rest()
+
+
+def test_what_drain_says_and_its_exit_codes(
+    start: Callable[..., Process], real_config: Path
+) -> None:
+    process = start()
+    config = ["-c", str(real_config)]
+    host, _, port = process.listen.rpartition(":")
+    with socket.create_connection((host, int(port))) as idle:
+        idle.sendall(b"\x01\x01")  # half a frame: it owes us the rest
+        refused = fastmesh("drain", *config, "--cancel")
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "no drain is under way (HTTP 409)" in refused.stderr
+        begun = fastmesh("drain", *config)
+        assert (begun.returncode, begun.stdout) == (0, "draining\n")
+        left = fastmesh("drain", *config, "--wait", "--timeout", "0.3")
+        assert (left.returncode, left.stdout) == (75, "")
+        assert left.stderr.count("\n") == 1
+        assert "not safe to stop after 0.3 s" in left.stderr
+        assert "step clients waits for connections on rpc 1" in left.stderr
+        assert "waits for connections on rpc 1" in fastmesh("status", *config).stdout
+        for late in (["--cancel"], ["--hold"]):
+            refused = fastmesh("drain", *config, *late)
+            assert refused.returncode == 1
+            assert "clients are being let go already" in refused.stderr
+    safe = fastmesh("drain", *config, "--wait", "--timeout", "20")
+    assert (safe.returncode, safe.stdout) == (0, "safe to stop\n")
+    assert fastmesh("drain", *config, "--cancel", "--wait").returncode == 2
+    assert process.stop() == 0
+    assert fastmesh("drain", *config, "--wait").returncode == 69
 
 
 def test_two_signals_stop_at_once_and_a_second_process_is_refused(

@@ -39,7 +39,16 @@ def test_commands_are_targets() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/quickstart.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/architecture.md",
+        "docs/quickstart.md",
+        "docs/handover.md",
+        "docs/operations/drain.md",
+        "docs/operations/upgrade.md",
+    ],
 )
 def test_linked_files_exist(document: str) -> None:
     path = ROOT / document

@@ -69,7 +69,17 @@ class Running(Protocol):
     def addresses(self) -> dict[str, str]: ...
     def is_ready(self) -> bool: ...
     async def reload(self) -> int: ...
-    def drain(self) -> None: ...
+    async def upgrade(self) -> dict[str, Any]: ...
+    def handover_status(self) -> dict[str, Any]: ...
+    def handover_figures(self) -> metrics.HandoverFigures: ...
+    def drain(self, *, hold: bool = False) -> None:
+        """Raises StateError."""
+
+    def cancel_drain(self) -> None:
+        """Raises StateError."""
+
+    def drain_status(self) -> Mapping[str, Any]: ...
+    def drain_figures(self) -> metrics.DrainFigures: ...
 
 
 class Views:
@@ -87,7 +97,9 @@ class Views:
             "/v1/config": {"GET": self._config},
             "/v1/samples": {"GET": self._samples},
             "/v1/reload": {"POST": self._reload},
+            "/v1/upgrade": {"POST": self._upgrade},
             "/v1/drain": {"POST": self._drain},
+            "/v1/drain/cancel": {"POST": self._cancel_drain},
             "/v1/schedule": {"GET": self._schedule, "PUT": self._put_schedule},
             "/v1/topology": {"GET": self._topology},
             "/topology": {"GET": self._topology_page},
@@ -130,7 +142,9 @@ class Views:
                 config_sha256=config.sha256,
                 uptime_s=mesh.uptime_s,
                 log_lines_lost=mesh.log_lines_lost,
+                handover=mesh.handover_figures(),
                 groups=None if mesh.plane is None else mesh.plane.live,
+                drain=mesh.drain_figures(),
             ),
         )
         return Answer(200, text, metrics.CONTENT_TYPE)
@@ -149,6 +163,7 @@ class Views:
                     "app": compiled.config.node.app,
                     "state": mesh.state,
                     "drained": mesh.drained,
+                    "drain": mesh.drain_status(),
                     "uptime_s": round(mesh.uptime_s, 3),
                     "config": {
                         "version": compiled.version,
@@ -158,6 +173,7 @@ class Views:
                     "listeners": mesh.addresses(),
                     "connections_max": compiled.limits["connections_max"],
                     "warnings": mesh.warnings,
+                    "handover": mesh.handover_status(),
                     **more,
                 }
             ),
@@ -207,9 +223,29 @@ class Views:
             return _problems(wrong)
         return Answer(200, to_json({"version": version}))
 
+    async def _upgrade(self, request: Request) -> Answer:
+        """Answered by the process that was asked, when it is known how it ended."""
+        report = await self._mesh.upgrade()
+        if report["ok"]:
+            return Answer(200, to_json(report))
+        status = {"configuration": 422, "late": 504}.get(report["code"], 409)
+        return Answer(status, to_json({"error": report["reason"], **report}))
+
     async def _drain(self, request: Request) -> Answer:
-        self._mesh.drain()
+        if request.query not in ("", "hold"):
+            return error(400, f"{request.query[:64]}: nothing, or hold")
+        try:
+            self._mesh.drain(hold=request.query == "hold")
+        except StateError as late:
+            return error(409, str(late))
         return Answer(202, to_json({"state": self._mesh.state}))
+
+    async def _cancel_drain(self, request: Request) -> Answer:
+        try:
+            self._mesh.cancel_drain()
+        except StateError as late:
+            return error(409, str(late))
+        return Answer(200, to_json({"state": self._mesh.state}))
 
     async def _schedule(self, request: Request) -> Answer:
         if (plane := self._mesh.plane) is None:

@@ -61,6 +61,45 @@ def test_ready_whatever_the_upstreams_and_not_while_draining(running: Running) -
     asyncio.run(main())
 
 
+def test_a_drain_says_what_is_left_of_each_kind_once(running: Running) -> None:
+    async def main() -> None:
+        async with running() as mesh:
+            mesh.engine.drains_at_once = False
+            route = next(r.row for r in mesh.compiled.routes if r.name == "*")
+            endpoint = mesh.compiled.endpoints[0].row
+            listener = mesh.compiled.listener_rows["rpc"]
+            cluster = next(iter(mesh.compiled.cluster_rows.values()))
+            for row, counter, count in (
+                (route, "requests.in_flight", 2),
+                (endpoint, "requests.in_flight", 2),  # the same ones, seen from there
+                (listener, "connections", 3),
+                (cluster, "pushes.in_flight", 1),
+            ):
+                mesh.engine.counted.add(row, counter, count)
+            assert (await ask(mesh.admin_address, "/v1/status")).json()["drain"] == {"step": "none"}
+            assert (await ask(mesh.admin_address, "/v1/drain", "POST")).status == 202
+            until = asyncio.get_running_loop().time() + 5
+            waiting: dict[str, Any] = {}
+            while not waiting:
+                assert asyncio.get_running_loop().time() < until
+                waiting = (await ask(mesh.admin_address, "/v1/status")).json()["drain"][
+                    "waiting_for"
+                ]
+            assert waiting == {"connections": {"rpc": 3}, "requests": 3}
+            text = (await ask(mesh.admin_address, "/metrics")).body.decode()
+            for line in (
+                'fastmesh_drain_step{step="clients"} 1.0',
+                'fastmesh_drain_waiting_for{what="connections"} 3.0',
+                'fastmesh_drain_waiting_for{what="requests"} 3.0',
+                'fastmesh_drain_steps_total{outcome="skipped",step="suspend"} 1.0',
+                "fastmesh_safe_to_stop 0.0",
+            ):
+                assert line in text, line
+            mesh.engine.finish_draining()
+
+    asyncio.run(main())
+
+
 def test_metrics_and_routes_show_what_was_counted(running: Running) -> None:
     async def main() -> None:
         async with running() as mesh:
