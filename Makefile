@@ -55,7 +55,7 @@ demo: build ## a broker, two nodes, a weight that moves half-way, a live table, 
 
 .PHONY: test
 test: build ## everything that needs no foreign program (T=tests/file.py::name for one)
-	$(PY) -m pytest $(if $(T),-v $(T),-m "not chaos and not interop" --ignore=tests/packaging)
+	$(PY) -m pytest --timeout=120 $(if $(T),-v $(T),-m "not chaos and not interop" --ignore=tests/packaging)
 
 .PHONY: lint
 lint: build ## format, ruff, mypy --strict, cython-lint, import directions
@@ -76,7 +76,11 @@ interop: build ## peers that others wrote, unmodified, through one fastmesh
 
 .PHONY: chaos
 chaos: build ## the fault matrix on real processes and sockets (T= for one)
-	$(PY) -m pytest -m chaos --timeout=120 --durations=10 $(if $(T),-v $(T),tests/chaos)
+	$(PY) -m pytest -m "chaos and not full" --timeout=120 --durations=10 $(if $(T),-v $(T),tests/chaos)
+
+.PHONY: chaos-full
+chaos-full: build ## the same, and what takes minutes: every cell of the kill table, fifty upgrades (T= for one)
+	$(PY) -m pytest -m chaos --timeout=600 --durations=20 $(if $(T),-v $(T),tests/chaos)
 
 .PHONY: sim
 sim: build ## seeded runs of the oracle and the state machines (SEED=n repeats one)
@@ -87,6 +91,7 @@ bench: build ## every contender side by side (ROUNDS=5 ONLY=c64)
 	-$(PY) -m perf.setup
 	$(PY) -m perf.run --rounds $(ROUNDS) $(if $(ONLY),--only $(ONLY))
 	$(if $(ONLY),,$(PY) -m perf.deliver --rounds $(ROUNDS))
+	$(if $(ONLY),,$(PY) -m perf.upgrade)
 
 .PHONY: perf-gate
 perf-gate: build ## the figures that must not get worse

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -133,6 +135,54 @@ async def until(
         await asyncio.sleep(every_s)
 
 
+class Adopted:
+    """A process that somebody else started, with the face of asyncio's: a successor, whose parent
+    is gone when it serves. It is ours to reap then, because this process adopts orphans."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self.fd = os.pidfd_open(pid)
+
+    @staticmethod
+    def adopt_orphans() -> None:
+        pr_set_child_subreaper = 36
+        assert ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.fd, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _reaped(self) -> bool:
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        if not poll.poll(0):
+            return False
+        try:
+            found = os.waitid(os.P_PIDFD, self.fd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            return False  # its parent still lives, and may reap it
+        if found is None:
+            return False
+        how = found.si_status
+        self.returncode = how if found.si_code == os.CLD_EXITED else -how
+        os.close(self.fd)
+        return True
+
+    async def wait(self) -> int:
+        while self.returncode is None and not self._reaped():  # noqa: ASYNC110 - its callers have a deadline
+            await asyncio.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+
 class Mesh:
     """`clusters`: name -> endpoints ("host:port" or (address, weight)), or a mapping as the
     configuration has it. Without `routes`, each cluster serves the service of its name and the
@@ -184,7 +234,9 @@ class Mesh:
             },
             **(extra or {}),
         }
-        self.process: asyncio.subprocess.Process
+        self.process: asyncio.subprocess.Process | Adopted
+        self.left: list[asyncio.subprocess.Process | Adopted] = []
+        """Those that have given everything to a successor."""
         self.fds_at_start = 0
         self.started_at = 0.0
         self.killed = False
@@ -229,6 +281,127 @@ class Mesh:
             raise
         self.fds_at_start = self.fds()
 
+    async def upgrade(
+        self,
+        *more: str,
+        config: Mapping[str, Any] | None = None,
+        environment: Mapping[str, str] | None = None,
+        within_s: float = 20.0,
+        leaves: int | None = 0,
+        fds_max: int = 0,
+    ) -> dict[str, Any]:
+        """`fastmesh upgrade --json`: its report, and its exit code as `exit`. Where it succeeds the
+        new process is followed from here on, and the old one has left with the code `leaves` (None,
+        or mode drain: it leaves when it likes; see `left`)."""
+        if config is not None:
+            self.config = dict(config)
+        self.write_config()
+        Adopted.adopt_orphans()
+        with self.log_path.open("ab") as log:
+            limit = f"ulimit -n {fds_max}; " if fds_max else ""
+            asked = await asyncio.create_subprocess_exec(
+                "/bin/sh",
+                "-c",
+                f'{limit}exec "$@"',
+                "sh",
+                sys.executable,
+                "-m",
+                "fastmesh",
+                "upgrade",
+                "-c",
+                str(self.path),
+                "--json",
+                *more,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **(environment or {})},
+            )
+        try:
+            out, _ = await asyncio.wait_for(asked.communicate(), within_s)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                asked.kill()
+            await asked.wait()
+            raise
+        report: dict[str, Any] = json.loads(out) if out else {"ok": False, "code": "", "reason": ""}
+        report["exit"] = asked.returncode
+        if report["ok"]:
+            leaves = None if report["mode"] == "drain" else leaves
+            await self.follow(report["new_pid"], leaves=leaves)
+        return report
+
+    async def follow(self, pid: int, *, leaves: int | None = 0) -> None:
+        """From here on this is process `pid`; the one before has left with that code."""
+        before, self.process = self.process, Adopted(pid)
+        self.left.append(before)
+        self.admin_port = int(self.config["admin"]["listen"].rpartition(":")[2])
+        if leaves is not None:
+            code = await asyncio.wait_for(before.wait(), STOP_S)
+            assert code == leaves, f"the old process ended with {code}: {self.log()[-2000:]}"
+
+    async def takeover(
+        self, *, environment: Mapping[str, str] | None = None, gone: bool = True
+    ) -> None:
+        """`fastmesh run --takeover`, as in a second container: serves when this returns."""
+        before = getattr(self, "process", None)
+        self.write_config()
+        with self.log_path.open("ab") as log:
+            self.started_at = time.monotonic()
+            taker = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "fastmesh",
+                "run",
+                "--takeover",
+                "-c",
+                str(self.path),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **(environment or {})},
+            )
+
+        async def serves() -> bool:
+            assert taker.returncode is None, f"it ended: {self.log()[-2000:]}"
+            with contextlib.suppress(OSError):
+                return bool((await self.get("/v1/status")).json()["pid"] == taker.pid)
+            return False
+
+        try:
+            await until(serves, f"the taker serves; log: {self.log_path}", within_s=READY_S)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                taker.kill()
+            await taker.wait()
+            raise
+        self.process = taker
+        self.killed = False
+        if before is not None and before.returncode is None:
+            self.left.append(before)
+            if gone:
+                assert await asyncio.wait_for(before.wait(), STOP_S) == 0, self.log()[-2000:]
+
+    def takers(self) -> list[int]:
+        """Processes that run, or stand still, to take over from this one, or that once did."""
+        found = []
+        for name in os.listdir("/proc"):
+            with contextlib.suppress(OSError, ValueError):
+                words = Path(f"/proc/{int(name)}/cmdline").read_bytes().split(b"\0")
+                if b"--takeover" in words and os.fsencode(self.path) in words:
+                    found.append(int(name))
+        return found
+
+    def threads_of(self) -> list[tuple[str, int]]:
+        """(name, nice) of every thread."""
+        found = []
+        for task in os.listdir(f"/proc/{self.pid}/task"):
+            with contextlib.suppress(FileNotFoundError):
+                stat = Path(f"/proc/{self.pid}/task/{task}/stat").read_text()
+                name, _, rest = stat.partition("(")[2].rpartition(")")
+                found.append((name, int(rest.split()[16])))
+        return sorted(found)
+
     def arguments(self) -> list[str]:
         return ["run", "-c", str(self.path)]
 
@@ -264,9 +437,12 @@ class Mesh:
             if kind is not None:
                 code = self.process.returncode
                 print(f"--- {self.log_path} (exit code {code})\n{self.log()[-3000:]}")
-            if self.process.returncode is None:
-                self.process.send_signal(signal.SIGCONT)
-                await self.kill()
+            for process in [*self.left, self.process]:
+                if process.returncode is None:
+                    process.send_signal(signal.SIGCONT)
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+                    await asyncio.wait_for(process.wait(), STOP_S)
 
     # --- looking at it ----------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -380,8 +381,10 @@ class Mesh(Peer):
             "state_dir": str(folder / "state"),
             "admin": {"listen": f"127.0.0.1:{self.admin}"},
         } | config
-        path = folder / "mesh.yaml"
+        path = self.path = folder / "mesh.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False))
+        self._successor: tuple[int, int] | None = None
+        """Pid and pidfd of the last one that took over."""
         command = [sys.executable, "-m", "fastmesh", "run", "-c", str(path)]
         super().__init__("fastmesh", command, folder, PYTHONPATH=str(ROOT))
 
@@ -409,11 +412,53 @@ class Mesh(Peer):
                 samples[sample.name].append((sample.labels, sample.value))
         return samples
 
+    def upgrade(self) -> dict[str, Any]:
+        """Replace it by a new process; the report. The old one has ended when this returns."""
+        command = [sys.executable, "-m", "fastmesh", "upgrade", "--json", "--mode", "move"]
+        done = subprocess.run(
+            [*command, "-c", str(self.path)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            timeout=START_S,
+            check=False,
+        )
+        assert done.returncode == 0, f"{done.stdout!r}\n{self.told()}"
+        report: dict[str, Any] = json.loads(done.stdout)
+        before, pid = self._successor, report["new_pid"]
+        self._successor = pid, os.pidfd_open(pid)
+        if before is None:
+            assert self.process.wait(10) == 0, self.told()
+        else:
+            self._gone(before)
+        return report
+
+    def _gone(self, successor: tuple[int, int]) -> None:
+        pid, pidfd = successor
+        try:
+            assert select.select([pidfd], [], [], 15)[0], f"process {pid} has not ended"
+        finally:
+            os.close(pidfd)
+
     def terminate(self) -> None:
         """SIGTERM, as a supervisor sends it, and a clean end."""
+        if self._successor is not None:
+            successor, self._successor = self._successor, None
+            signal.pidfd_send_signal(successor[1], signal.SIGTERM)
+            self._gone(successor)
+            return
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(15)
         assert code == 0, f"fastmesh exited with {code}:\n{self.told()}"
+
+    def kill(self) -> None:
+        if self._successor is not None:
+            successor, self._successor = self._successor, None
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(successor[1], signal.SIGKILL)
+            self._gone(successor)
+        super().kill()
 
 
 def total(samples: Samples, name: str, **labels: str) -> float:

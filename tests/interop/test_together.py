@@ -6,6 +6,7 @@ FASTMESH_INTEROP_SECONDS says for how long (40 by default).
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import pytest
@@ -16,13 +17,15 @@ from tests.interop.harness import (
     MOSN_SERVICE,
     NODE_SERVICE,
     PYTHON_SERVICE,
+    START_S,
     Fleet,
     Peer,
+    eventually,
     ledger,
     settled,
     total,
 )
-from tests.interop.layout import Ports, build
+from tests.interop.layout import Ports, Town, build
 
 pytestmark = pytest.mark.interop
 
@@ -30,6 +33,8 @@ SECONDS = float(os.environ.get("FASTMESH_INTEROP_SECONDS", "40"))
 SMALL = "0,1,30,256,4096,65536"
 NONEMPTY = "20,256,4096,65536"
 """Never empty: anthunder's server sends no answer that is."""
+UPGRADES, UPGRADES_MIN = 20, 8
+"""As many as the time allows: each starts an interpreter beside thirteen busy clients."""
 LARGE = "300000,3145728"
 ALL = "sync,future,callback"
 
@@ -88,7 +93,38 @@ def test_all_at_once(ships: Fleet, threads: int) -> None:
     town = build(ships, threads, mosn=True)
     running = clients(ships, town.ports)
     said = {found["name"]: found for found in (peer.end(SECONDS + 90) for peer in running)}
+    judge(town, said)
 
+
+@pytest.mark.timeout(SECONDS + 180)
+def test_all_at_once_through_upgrades(ships: Fleet) -> None:
+    """The process is replaced again and again under them: the same books, without an error."""
+    town = build(ships, threads=2, mosn=True)
+    began = time.monotonic()
+    running = clients(ships, town.ports)
+    eventually(
+        "all of them are answered",
+        lambda: total(town.mesh.metrics(), "fastmesh_connections") >= len(running),
+        START_S,
+    )
+    downstream, requests = 0, 0
+    upgrades = 0
+    while upgrades < UPGRADES and time.monotonic() - began < SECONDS - 5:
+        upgrades += 1
+        moved = town.mesh.upgrade()["moved"]
+        downstream = max(downstream, moved["downstream"])
+        requests += moved["requests"]
+    ended = [peer.told() for peer in running if peer.process.poll() is not None]
+    assert not ended, "\n".join(ended)
+    assert upgrades >= UPGRADES_MIN, f"void: {upgrades} upgrades"
+    assert downstream >= len(running)
+    assert requests > 0, "void: nothing was in flight at any of them"
+    said = {found["name"]: found for found in (peer.end(SECONDS + 90) for peer in running)}
+    judge(town, said)
+
+
+def judge(town: Town, said: dict[str, dict[str, Any]]) -> None:
+    """When all clients are gone: the books of clients, mesh and servers agree, without an error."""
     samples = settled(town.mesh)
     book = ledger(samples, "request")
     assert town.mesh.status()["state"] == "serving"
