@@ -7,16 +7,21 @@ reports.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 from typing import Any
 
 import click
 
+from fastmesh import limits
 from fastmesh._ext.load import BODY_BYTES_MAX, EchoServer, EchoStats, LoadResult, LoadRun
 
 BUSY_SHARE = 0.85
 """From here on the tool, and not what it measures, may decide the figures."""
+
+TOPIC = "bench"
+"""Of deliveries that name none."""
 
 FAILED = 1
 """Exit code of a run in which anything went wrong."""
@@ -44,6 +49,23 @@ class Sizes(click.ParamType[tuple[int, ...]]):
 def _size(text: str) -> int:
     text = text.strip().lower()
     return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
+
+
+class Seconds(click.ParamType[float]):
+    """A finite length of time, 0 or more."""
+
+    name = "seconds"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        try:
+            seconds = float(value)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r}: expected seconds like 5 or 0.5", param, ctx)
+        if not math.isfinite(seconds) or seconds < 0:
+            self.fail(f"{value!r}: must be a finite number of seconds, 0 or more", param, ctx)
+        return seconds
 
 
 class DefaultGroup(click.Group):
@@ -84,8 +106,12 @@ def bench() -> None:
     help="Bytes of a body; a mix: 64,256,16k.",
 )
 @click.option("--threads", default=1, show_default=True, help="Native threads.")
-@click.option("--duration", default=5.0, show_default=True, help="Seconds measured.")
-@click.option("--warmup", default=0.5, show_default=True, help="Seconds before that.")
+@click.option(
+    "--duration", type=Seconds(), default=5.0, show_default=True, help="Seconds measured."
+)
+@click.option(
+    "--warmup", type=Seconds(), default=0.5, show_default=True, help="Seconds before that."
+)
 @click.option("--rate", default=0.0, help="Open loop: requests a second in all; 0: closed loop.")
 @click.option(
     "--connect-rate", default=0.0, help="New connections a second; 0: as fast as it goes."
@@ -105,6 +131,16 @@ def bench() -> None:
     help="The service header; empty: none.",
 )
 @click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", help="A further header.")
+@click.option(
+    "--consume",
+    metavar="APP/CLIENT/GROUP",
+    help="Be consumers of that group of a message mesh: ask nothing, answer 'consumed'.",
+)
+@click.option(
+    "--prefetch",
+    type=click.IntRange(1, limits.PREFETCH_MAX),
+    help=f"With --consume: messages in flight per connection; {limits.PREFETCH} by default.",
+)
 @click.option("--seed", default=0, help="Decides bodies and the order of sizes; 0: drawn.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 @click.option("--histogram", is_flag=True, help="The whole distribution.")
@@ -127,6 +163,8 @@ def run(
     timeout_ms: int,
     service: str,
     headers: tuple[str, ...],
+    consume: str | None,
+    prefetch: int | None,
     seed: int,
     as_json: bool,
     histogram: bool,
@@ -139,6 +177,8 @@ def run(
     for name, sign, _ in pairs:
         if not name or not sign:
             raise click.UsageError(f"--header {name + sign!r}: expected NAME=VALUE")
+    if prefetch is not None and consume is None:
+        raise click.UsageError("--prefetch needs --consume")
     try:
         load = LoadRun(
             target,
@@ -158,6 +198,7 @@ def run(
             timeout_ms=timeout_ms,
             service=service,
             headers=[(name, value) for name, _, value in pairs],
+            consume=None if consume is None else (*consumer(consume), prefetch or limits.PREFETCH),
             seed=seed,
         )
     except (ValueError, OSError) as error:
@@ -174,6 +215,14 @@ def run(
         if histogram:
             click.echo(distribution(result))
     sys.exit(0 if result.ok else FAILED)
+
+
+def consumer(text: str) -> tuple[str, str, str]:
+    """(app, client, group) of --consume. Raises click.UsageError."""
+    parts = text.split("/")
+    if len(parts) != 3 or not all(parts):
+        raise click.UsageError(f"--consume {text!r}: expected APP/CLIENT/GROUP")
+    return parts[0], parts[1], parts[2]
 
 
 def watch(load: LoadRun, *, live: bool) -> None:
@@ -204,6 +253,7 @@ def as_dict(result: LoadResult, *, histogram: bool = False) -> dict[str, Any]:
     """A result as JSON knows it; the histogram only when it is wanted, because it is long."""
     known = result._asdict()
     known["latency"] = result.latency._asdict()
+    known["sections"] = [section._asdict() for section in result.sections]
     if not histogram:
         del known["histogram"]
     return known
@@ -225,6 +275,10 @@ def report(result: LoadResult, target: str, rate: float) -> str:
         f"max {microseconds(lat.max_ns)}",
         f"  this tool   {result.cpu_share:.0%} of a core (busiest thread)",
     ]
+    if result.answered:
+        lines.append(
+            f"  gap         {result.gap_ms_max:,.2f} ms at most between two answers of a connection"
+        )
     if result.answered_for_peer:
         lines.append(f"  answered    {result.answered_for_peer:,} requests from the server side")
     if result.cpu_share > BUSY_SHARE:
@@ -237,10 +291,17 @@ def report(result: LoadResult, target: str, rate: float) -> str:
         lines.append(
             "  ERRORS      " + ", ".join(f"{kind} {count:,}" for kind, count in wrong.items())
         )
-    elif not result.answered:
+        lines.append(
+            f"              from {result.first_error_s or 0.0:.3f} s to "
+            f"{result.last_error_s or 0.0:.3f} s; {result.resets:,} resets, "
+            f"{result.kept:,} of {result.connections:,} connections kept"
+        )
+    elif not result.ok:
         lines.append("  ERRORS      nothing was answered")
-    else:
+    elif result.answered:
         lines.append("  errors      none: every answer was the right one, whole")
+    else:
+        lines.append("  errors      none")
     return "\n".join(lines)
 
 
@@ -287,8 +348,13 @@ def distribution(result: LoadResult) -> str:
 )
 @click.option("--timeout-ms", default=3000, show_default=True, help="Deadline in each push.")
 @click.option(
+    "--group",
+    help="With --push: be a broker of a message mesh and push deliveries to this group.",
+)
+@click.option("--topic", help=f"With --group: the deliveries' topic; {TOPIC!r} by default.")
+@click.option(
     "--duration",
-    type=click.FloatRange(0.0),
+    type=Seconds(),
     default=0.0,
     help="End by itself after so many seconds; 0: never.",
 )
@@ -305,10 +371,16 @@ def serve(
     depth: int,
     size: tuple[int, ...],
     timeout_ms: int,
+    group: str | None,
+    topic: str | None,
     duration: float,
     as_json: bool,
 ) -> None:
     """Echo every request's content until SIGINT or SIGTERM (or --duration)."""
+    if group is not None and not (push and group):
+        raise click.UsageError(f"--group {group!r}: needs --push, and a name")
+    if topic is not None and not (group and topic):
+        raise click.UsageError(f"--topic {topic!r}: needs --group, and a name")
     signals = {signal.SIGINT, signal.SIGTERM}
     # Taken with sigtimedwait below; blocked from the start, so that none is missed.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -323,6 +395,8 @@ def serve(
             push_depth=depth,
             push_sizes=size,
             push_timeout_ms=timeout_ms,
+            push_group=group or "",
+            push_topic=topic or TOPIC,
         )
         service.start()
     except ValueError as error:

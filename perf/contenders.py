@@ -34,6 +34,10 @@ class Place:
     connections: int = 64
     spin_us: int = 0
     busy: bool = False
+    patience_s: float = 0.0
+    """Other than 0: the process will be replaced under load, and the old one has so long to let its
+    connections go.
+    """
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ HAPROXY = """\
 global
     nbthread {threads}
     maxconn {connections}
+    {stop}
 defaults
     mode tcp
     timeout connect 5s
@@ -142,11 +147,13 @@ def _haproxy(binary: str, place: Place) -> list[str]:
         HAPROXY.format(
             threads=place.threads,
             connections=place.connections + 100,
+            stop=f"hard-stop-after {place.patience_s * 1000:.0f}ms" if place.patience_s else "",
             listen=name(place.listen),
             upstream=name(place.upstream),
         )
     )
-    return [binary, "-db", "-f", str(config)]
+    # A master that starts a new worker at each reload, or one process alone.
+    return [binary, "-W" if place.patience_s else "-db", "-f", str(config)]
 
 
 # --- nginx ----------------------------------------------------------------------------------------
@@ -268,13 +275,33 @@ def _envoy(binary: str, place: Place) -> list[str]:
     )
     return [
         binary,
-        "--disable-hot-restart",
+        *(_hot_restart(place) if place.patience_s else ["--disable-hot-restart"]),
         "--concurrency",
         str(place.threads),
         "--log-level",
         "error",
         "-c",
         str(config),
+    ]
+
+
+def _hot_restart(place: Place) -> list[str]:
+    """Of the first process; its successor finds the base id in the file."""
+    return [
+        "--use-dynamic-base-id",
+        "--base-id-path",
+        str(place.folder / "base-id"),
+        *envoy_patience(place.patience_s),
+    ]
+
+
+def envoy_patience(patience_s: float) -> list[str]:
+    """The parent's end must come after its drain: they are whole seconds."""
+    return [
+        "--drain-time-s",
+        str(max(1, round(patience_s) - 1)),
+        "--parent-shutdown-time-s",
+        str(max(2, round(patience_s))),
     ]
 
 
@@ -287,7 +314,10 @@ def _find_envoy() -> str | None:
 
 
 def _mosn(binary: str, place: Place) -> list[str]:
-    config = place.folder / "mosn.json"
+    # MOSN keeps pid and logs beside the folder of its configuration, its hand-over sockets in it.
+    config = place.folder / ("conf/mosn.json" if place.patience_s else "mosn.json")
+    config.parent.mkdir(exist_ok=True)
+    graceful = {"graceful_timeout": f"{place.patience_s:g}s"} if place.patience_s else {}
     proxy = {
         "downstream_protocol": "Auto",
         "upstream_protocol": "Auto",
@@ -303,6 +333,7 @@ def _mosn(binary: str, place: Place) -> list[str]:
                         "default_log_path": "stdout",
                         "default_log_level": "ERROR",
                         "processor": place.threads,
+                        **graceful,
                         "routers": [
                             {
                                 "router_config_name": "router",

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ def running(
                 process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 for pid in reversed(host.family(process.pid)):
-                    os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # it was just about to end
+                        os.kill(pid, signal.SIGKILL)
                 process.wait(STOP_S)
 
 
@@ -142,7 +143,11 @@ def tail(log: Path) -> str:
 
 @contextmanager
 def stage(
-    contender: Contender | None, scenario: Scenario, *, connections: int | None = None
+    contender: Contender | None,
+    scenario: Scenario,
+    *,
+    connections: int | None = None,
+    patience_s: float = 0.0,
 ) -> Iterator[tuple[str, subprocess.Popen[bytes] | None, Path]]:
     """Echo service and proxy, ready; yields the address to load, the proxy and its folder."""
     places = host.placement(scenario.threads)
@@ -169,6 +174,7 @@ def stage(
             connections=connections or scenario.connections,
             spin_us=scenario.spin_us,
             busy=scenario.busy,
+            patience_s=patience_s,
         )
         log = folder / f"{contender.name}.log"
         proxy = stack.enter_context(

@@ -24,7 +24,7 @@ kinds, counted over the whole run, warm-up and drain included:
     unexpected     an answer to an id that was never used
     late           an answer to a request that was counted as lost before
     undecodable    bytes that are no frame (bad checksum included); the connection is closed
-    disconnected   a connection that the other side closed during the run
+    disconnected   a connection that the other side closed during the run, in order or by a reset
     connect_failed a connection that was refused or did not come up in time
     unsent         open loop: due before the end and never sent, because every connection was full
     refused        message mesh: an answer that did not say "consumed"
@@ -43,6 +43,8 @@ BODY_BYTES_MAX: int
 CONNECTIONS_MAX: int
 DEPTH_MAX: int
 THREADS_MAX: int
+SECTIONS_MAX: int
+"""Sections that a run may have, the first one included."""
 
 class Latency(NamedTuple):
     """Nanoseconds. Quantiles are upper bounds of buckets 0.8 % wide; `max_ns` is exact. All 0 when
@@ -68,6 +70,23 @@ class Progress(NamedTuple):
     answered: int
     in_flight: int
     errors: int
+
+class Section(NamedTuple):
+    """A part of a run: from one mark() to the next. Answers and gaps are of the measured window,
+    latencies of requests that started in it, errors of the whole run.
+    """
+
+    begin_s: float
+    """After the window began; the first one has 0."""
+    answered: int
+    gap_ms_max: float
+    """The longest time between two right answers of one connection, however often it was opened
+    anew in between; it counts where it ends, and what has not ended by the end of the window counts
+    there. Of connections that carry load; without a stall it is the time between two requests.
+    """
+    latency_ms_max: float
+    errors: dict[str, int]
+    """Kinds that occurred; "status" counts every answer with a status."""
 
 class LoadResult(NamedTuple):
     """What a run measured. sent/answered/throughput/bytes/latency are of the measured window,
@@ -98,6 +117,19 @@ class LoadResult(NamedTuple):
     """Requests from the server side that the connections of this run answered (whole run)."""
     sent_total: int
     """Requests sent in the whole run, warm-up included: what an echo service must have seen."""
+    kept: int
+    """Connections that were up when the load began and never ended until the run did; 0 for
+    pushes."""
+    resets: int
+    """How many of the disconnected ones ended by a reset: what was on the way is gone."""
+    gap_ms_max: float
+    """The longest of all sections, see Section."""
+    first_error_s: float | None
+    """When the first error came, after the window began (negative: during warm-up); None without
+    any."""
+    last_error_s: float | None
+    sections: list[Section]
+    """One, and one more for each mark()."""
 
 class EchoStats(NamedTuple):
     """Counts of an EchoServer since its start."""
@@ -170,6 +202,10 @@ class LoadRun:
     def stop(self) -> None:
         """End the measured window now; what is in flight is waited for. Any thread may call it, any
         number of times.
+        """
+    def mark(self) -> int:
+        """Begin a new section of the result; returns its place in `sections`. Raises RuntimeError
+        before start() and when there are SECTIONS_MAX already.
         """
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait, without holding the GIL, until the run is over. True when it is."""

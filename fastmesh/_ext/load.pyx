@@ -115,7 +115,7 @@ cdef extern from *:
     """
     ctypedef int clockid_t
     ctypedef unsigned long pthread_t
-    int EAGAIN, EINPROGRESS, EINTR, EMFILE, ENFILE, ECONNABORTED
+    int EAGAIN, EINPROGRESS, EINTR, EMFILE, ENFILE, ECONNABORTED, ECONNRESET
     int errno
     clockid_t CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID
     int EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLEXCLUSIVE
@@ -188,6 +188,7 @@ cdef enum:
     C_BODY_MAX = 16777216
     MESH_CLASS_BYTES = 16
     CONSUMED_BYTES = 25
+    SECTIONS = 64              # of a run: what is asked about its parts fits a page or two
     # of what a consumer says at first: requests have index and generation in 29 bits
     GREETING_ID = 0x7ffffff0
 
@@ -208,6 +209,7 @@ cdef enum:  # error kinds, in the order of ERROR_KINDS
     E_UNSENT = 9
     E_REFUSED = 10
     E_COUNT = 11
+    E_STATUS = 11     # of a section only: any status
 
 cdef enum State:  # of a connection
     FREE = 0
@@ -251,10 +253,13 @@ cdef struct Conn:
     uint8_t broken         # a send failed; closed at the next safe place
     uint8_t paused         # not read from while it does not read
     uint8_t want_out       # EPOLLOUT is set
+    uint8_t was_reset      # ended by a reset, and not by an orderly close
+    uint8_t ended_once     # since the load began
     uint32_t number        # its name in bodies
     uint32_t epoch         # moves on with every new socket
     uint32_t place         # in Loop.active
     uint64_t sequence
+    uint64_t answered_ns   # last right answer, or when the load began; 0 = neither
     uint64_t due_ns        # WAITING: when to connect; CONNECTING: when to give up
     Ask* asks
     uint32_t made          # slots ever used
@@ -268,6 +273,12 @@ cdef struct Conn:
     size_t out_size        # bytes from out_at on
     size_t out_room
     Conn* next             # free list or waiting list
+
+cdef struct Part:  # figures of one section of a run
+    uint64_t answered
+    uint64_t gap_ns            # longest time between two answers of one connection
+    uint64_t slowest_ns
+    uint64_t errors[12]        # by kind, and E_STATUS
 
 cdef struct Delayed:  # an answer that waits
     Delayed* next
@@ -319,6 +330,8 @@ cdef struct Shared:
     uint64_t started_ns
     uint64_t begin_ns          # measured window
     uint64_t end_ns
+    uint32_t section           # where figures go now
+    uint64_t section_ns[64]    # when each began
 
 cdef struct Loop:
     Shared* shared
@@ -365,7 +378,12 @@ cdef struct Loop:
     int iov_count
     size_t iov_bytes
     # figures
+    Part sections[64]
     uint64_t errors[11]
+    uint64_t first_error_ns    # 0 = none
+    uint64_t last_error_ns
+    uint64_t resets
+    uint32_t kept              # load run: up from the beginning of the load to its end
     uint32_t status[16]
     uint64_t status_count[16]
     uint64_t sent_total
@@ -394,6 +412,18 @@ cdef enum:
 
 cdef inline uint64_t now_ns() noexcept nogil:
     return clock_ns(CLOCK_MONOTONIC)
+
+cdef inline Part* section_of(Loop* loop) noexcept nogil:
+    return &loop.sections[load32(&loop.shared.section)]
+
+cdef void count_errors(Loop* loop, int kind, uint64_t n) noexcept nogil:
+    cdef uint64_t now = now_ns()
+    if kind < E_COUNT:
+        loop.errors[kind] += n
+    section_of(loop).errors[kind] += n
+    if loop.first_error_ns == 0:
+        loop.first_error_ns = now
+    loop.last_error_ns = now
 
 # --- histogram: 0.8 % wide buckets, because added latency is a small difference of two of them ----
 
@@ -497,6 +527,7 @@ cdef void conn_flush(Loop* loop, Conn* conn) noexcept nogil:
         n = send_all(conn.fd, loop.iov, count)
         if n < 0:
             if errno != EAGAIN and errno != EINTR:
+                conn.was_reset = errno == ECONNRESET
                 conn.broken = 1
                 return
         else:
@@ -664,6 +695,7 @@ cdef void conn_fill(Loop* loop, Conn* conn) noexcept nogil:
 cdef void count_status(Loop* loop, uint32_t status) noexcept nogil:
     # The last row takes what found no row of its own.
     cdef uint32_t i
+    count_errors(loop, E_STATUS, 1)
     for i in range(STATUS_ROWS - 1):
         if loop.status[i] == status or loop.status[i] == 0:
             loop.status[i] = status
@@ -691,6 +723,10 @@ cdef int whose(const Shared* shared, const Conn* conn, const uint8_t* content, u
         return OTHERS
     return MINE
 
+cdef inline void count_gap(Part* section, const Conn* conn, uint64_t now) noexcept nogil:
+    if conn.answered_ns and now > conn.answered_ns and now - conn.answered_ns > section.gap_ns:
+        section.gap_ns = now - conn.answered_ns
+
 cdef void take_answer(Loop* loop, Conn* conn, const FrameView* view, uint64_t now) noexcept nogil:
     cdef Shared* shared = loop.shared
     cdef uint32_t index = view.id.number >> 14
@@ -701,6 +737,7 @@ cdef void take_answer(Loop* loop, Conn* conn, const FrameView* view, uint64_t no
     cdef uint64_t sequence = 0, took
     cdef uint32_t last
     cdef Ask* ask
+    cdef Part* section
     cdef PushFields said
     cdef int error = -1
     cdef int owner
@@ -724,11 +761,14 @@ cdef void take_answer(Loop* loop, Conn* conn, const FrameView* view, uint64_t no
                                                 size - NAME_BYTES) != 0:
                     error = E_TORN
             if error >= 0:
-                loop.errors[error] += 1
+                count_errors(loop, error, 1)
             elif view.status == 0:
                 loop.answered_total += 1
+                section = section_of(loop)
                 if shared.begin_ns <= now and now < shared.end_ns:
                     loop.answered += 1
+                    section.answered += 1
+                    count_gap(section, conn, now)
                     if not shared.serves:
                         loop.bytes_in += view.size
                 if shared.begin_ns <= ask.start_ns and ask.start_ns < shared.end_ns:
@@ -738,6 +778,9 @@ cdef void take_answer(Loop* loop, Conn* conn, const FrameView* view, uint64_t no
                     loop.sum_ns += took
                     if took > loop.max_ns:
                         loop.max_ns = took
+                    if took > section.slowest_ns:
+                        section.slowest_ns = took
+                conn.answered_ns = now
             ask_end(loop, ask, ANSWERED)
             if shared.closed and asking(loop) and conn.active:
                 ask_build(loop, conn, 0)
@@ -747,17 +790,17 @@ cdef void take_answer(Loop* loop, Conn* conn, const FrameView* view, uint64_t no
             last = last - 1 if last > 1 else GENERATIONS
         if generation == last and ask.ended != NEVER:
             if view.status == 0 and whose(shared, conn, content, size, &sequence) == OTHERS:
-                loop.errors[E_MISROUTED] += 1
+                count_errors(loop, E_MISROUTED, 1)
             else:
-                loop.errors[E_LATE if ask.ended == GIVEN_UP else E_DOUBLED] += 1
+                count_errors(loop, E_LATE if ask.ended == GIVEN_UP else E_DOUBLED, 1)
             return
     owner = whose(shared, conn, content, size, &sequence) if view.status == 0 else NOBODYS
     if owner == OTHERS:
-        loop.errors[E_MISROUTED] += 1
+        count_errors(loop, E_MISROUTED, 1)
     elif owner == MINE:
-        loop.errors[E_DOUBLED] += 1
+        count_errors(loop, E_DOUBLED, 1)
     else:
-        loop.errors[E_UNEXPECTED] += 1
+        count_errors(loop, E_UNEXPECTED, 1)
 
 cdef void ask_due(Loop* loop, uint64_t now) noexcept nogil:
     """Open loop: send what the schedule wants sent by now, in turn over the connections."""
@@ -961,7 +1004,7 @@ cdef void conn_drop(Loop* loop, Conn* conn) noexcept nogil:
     if conn.in_flight:
         for i in range(conn.made):
             if conn.asks[i].open:
-                loop.errors[E_LOST] += 1
+                count_errors(loop, E_LOST, 1)
                 ask_end(loop, &conn.asks[i], GIVEN_UP)
     conn_deactivate(loop, conn)
 
@@ -980,13 +1023,16 @@ cdef void conn_close(Loop* loop, Conn* conn, uint64_t now) noexcept nogil:
     if conn.state != UP:
         return
     loop.up -= 1
+    loop.resets += conn.was_reset
+    conn.ended_once = 1
+    conn.was_reset = 0
     conn_drop(loop, conn)
     if loop.shared.serves:
         conn.state = FREE
         conn.next = loop.spare
         loop.spare = conn
         return
-    loop.errors[E_DISCONNECTED] += 1
+    count_errors(loop, E_DISCONNECTED, 1)
     if loop.phase <= RUN:
         loop.to_come += 1
         conn_wait(loop, conn, now + RETRY_NS)
@@ -996,7 +1042,7 @@ cdef void conn_close(Loop* loop, Conn* conn, uint64_t now) noexcept nogil:
 cdef void conn_failed(Loop* loop, Conn* conn, uint64_t now) noexcept nogil:
     """A connection that did not come up: again in a moment, unless the time for it is over."""
     loop.connecting -= 1
-    loop.errors[E_CONNECT_FAILED] += 1
+    count_errors(loop, E_CONNECT_FAILED, 1)
     conn_drop(loop, conn)
     if loop.phase <= RUN and (loop.phase != CONNECT or now + RETRY_NS < loop.connect_until_ns):
         conn_wait(loop, conn, now + RETRY_NS)
@@ -1105,6 +1151,7 @@ cdef void accept_ready(Loop* loop, uint64_t now) noexcept nogil:
         conn.fd = fd
         conn.epoch += 1
         conn.active = 0
+        conn.answered_ns = 0
         conn.place = UINT32_MAX
         conn.next = NULL
         conn.state = UP
@@ -1174,6 +1221,7 @@ cdef void conn_read(Loop* loop, Conn* conn) noexcept nogil:
         n = recv(conn.fd, loop.area, AREA_BYTES, MSG_DONTWAIT)
     if n <= 0:
         if n == 0 or (errno != EAGAIN and errno != EINTR):
+            conn.was_reset = n < 0 and errno == ECONNRESET
             conn_close(loop, conn, now_ns())
         return
     now = now_ns()
@@ -1193,13 +1241,13 @@ cdef void conn_read(Loop* loop, Conn* conn) noexcept nogil:
             if status == PARSE_NEED_MORE:
                 need = view.need
                 break
-            loop.errors[E_UNDECODABLE] += 1
+            count_errors(loop, E_UNDECODABLE, 1)
             conn_flush(loop, conn)
             conn_close(loop, conn, now)
             return
         if view.kind == FRAME_RESPONSE and view.id.number >= GREETING_ID:
             if push_read(&view, &said) <= 0 or said.result != RESULT_CONSUMED:
-                loop.errors[E_REFUSED] += 1     # our hello or subscribe
+                count_errors(loop, E_REFUSED, 1)     # our hello or subscribe
         elif view.kind == FRAME_RESPONSE:
             take_answer(loop, conn, &view, now)
         elif view.kind == FRAME_REQUEST:
@@ -1212,7 +1260,7 @@ cdef void conn_read(Loop* loop, Conn* conn) noexcept nogil:
             out_arena(loop, BOLT.heartbeat_ack(&view, out))
         elif view.kind == FRAME_GOAWAY and not shared.serves:
             # No ordinary client understands it: whoever sends it to us would break real ones.
-            loop.errors[E_UNEXPECTED] += 1
+            count_errors(loop, E_UNEXPECTED, 1)
         at += view.size
         left -= view.size
     conn_flush(loop, conn)
@@ -1228,6 +1276,7 @@ cdef void conn_write(Loop* loop, Conn* conn) noexcept nogil:
         n = send_all(conn.fd, &rest, 1)
         if n < 0:
             if errno != EAGAIN and errno != EINTR:
+                conn.was_reset = errno == ECONNRESET
                 conn_close(loop, conn, now_ns())
             return
         if loop.shared.serves:
@@ -1256,6 +1305,12 @@ cdef void wake_all(Loop* loops, uint32_t count) noexcept nogil:
 
 cdef void begin_drain(Loop* loop, uint64_t now) noexcept nogil:
     cdef double late
+    cdef Part* section = section_of(loop)
+    cdef uint32_t i
+    # Who has waited the longest has no answer yet that would tell.
+    for i in range(loop.conns_made):
+        if loop.conns[i].active:
+            count_gap(section, loop.conns[i], loop.shared.end_ns)
     loop.cpu_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - loop.cpu_begin_ns
     if loop.phase == WARM:
         loop.cpu_ns = 0
@@ -1263,7 +1318,7 @@ cdef void begin_drain(Loop* loop, uint64_t now) noexcept nogil:
     if not loop.shared.closed and loop.left:
         late = <double>loop.shared.end_ns - loop.next_ns
         if late > 0:
-            loop.errors[E_UNSENT] += <uint64_t>(late / loop.shared.interval_ns) + 1
+            count_errors(loop, E_UNSENT, <uint64_t>(late / loop.shared.interval_ns) + 1)
 
 cdef void load_phase(Loop* loop, Loop* all_loops, uint64_t now) noexcept nogil:
     """Where a load run is: connections, then warm-up, the measured window, and the wait for the
@@ -1284,7 +1339,7 @@ cdef void load_phase(Loop* loop, Loop* all_loops, uint64_t now) noexcept nogil:
                 if conn.state == CONNECTING:
                     conn_failed(loop, conn, now)
                 elif conn.state == WAITING:
-                    loop.errors[E_CONNECT_FAILED] += 1
+                    count_errors(loop, E_CONNECT_FAILED, 1)
                     loop.to_come -= 1
                 conn.state = DEAD if conn.state != UP else UP
             loop.waiting = loop.waiting_tail = NULL
@@ -1302,6 +1357,9 @@ cdef void load_phase(Loop* loop, Loop* all_loops, uint64_t now) noexcept nogil:
             return
         loop.phase = WARM
         loop.began = loop.up
+        for i in range(loop.conns_made):
+            loop.conns[i].ended_once = 0
+            loop.conns[i].answered_ns = now
         # Threads take turns within one interval, so that together they are one even stream.
         turn = <double>(loop - all_loops) / shared.threads
         loop.next_ns = <double>now + shared.interval_ns * turn
@@ -1342,7 +1400,7 @@ cdef void give_up_due(Loop* loop, uint64_t now) noexcept nogil:
     cdef Conn* conn
     while ask != NULL and ask.sent_ns and ask.sent_ns + loop.shared.timeout_ns <= now:
         conn = ask.conn
-        loop.errors[E_LOST] += 1
+        count_errors(loop, E_LOST, 1)
         ask_end(loop, ask, GIVEN_UP)
         if loop.shared.closed and asking(loop) and conn.state == UP and conn.active:
             ask_build(loop, conn, 0)
@@ -1460,6 +1518,7 @@ cdef void* loop_body(void* argument) noexcept nogil:
     # What is still owed here was given up by our own doing (stop), so nobody lost it.
     for i in range(<int>loop.conns_made):
         conn = loop.conns[i]
+        loop.kept += conn.state == UP and not conn.ended_once
         if conn.fd >= 0:
             close_(conn.fd)
             conn.fd = -1
@@ -1526,6 +1585,7 @@ BODY_BYTES_MAX = C_BODY_MAX
 CONNECTIONS_MAX = C_CONNECTIONS_MAX
 DEPTH_MAX = C_DEPTH_MAX
 THREADS_MAX = C_THREADS_MAX
+SECTIONS_MAX = SECTIONS
 _STATES = ("new", "connecting", "warmup", "running", "draining", "done")
 
 
@@ -1549,6 +1609,14 @@ class Progress(NamedTuple):
     errors: int
 
 
+class Section(NamedTuple):
+    begin_s: float
+    answered: int
+    gap_ms_max: float
+    latency_ms_max: float
+    errors: dict
+
+
 class LoadResult(NamedTuple):
     ok: bool
     duration_s: float
@@ -1564,6 +1632,12 @@ class LoadResult(NamedTuple):
     cpu_share: float
     answered_for_peer: int
     sent_total: int
+    kept: int
+    resets: int
+    gap_ms_max: float
+    first_error_s: float | None
+    last_error_s: float | None
+    sections: list
 
 
 class EchoStats(NamedTuple):
@@ -1803,6 +1877,8 @@ cdef class _Threads:
         statuses = {}
         histogram = []
         sent = answered = bytes_in = bytes_out = samples = sum_ns = for_peer = sent_total = 0
+        kept = resets = 0
+        first = last = None
         cpu = 0.0
         for t in range(self.shared.threads):
             loop = &self.loops[t]
@@ -1816,6 +1892,11 @@ cdef class _Threads:
                 max_ns = loop.max_ns
             for_peer += loop.answered_for_peer
             sent_total += loop.sent_total
+            kept += loop.kept
+            resets += loop.resets
+            if loop.first_error_ns:
+                first = min(first or UINT64_MAX, loop.first_error_ns)
+                last = max(last or 0, loop.last_error_ns)
             if end > begin:
                 cpu = max(cpu, <double>loop.cpu_ns / <double>(end - begin))
             for i, kind in enumerate(ERROR_KINDS):
@@ -1843,6 +1924,9 @@ cdef class _Threads:
             return 0
 
         duration = (end - begin) / 1e9 if end > begin else 0.0
+        # A run that never began has errors all the same.
+        since = begin or self.shared.started_ns
+        sections = [self._section(i, since) for i in range(self.shared.section + 1)]
         return LoadResult(
             ok=(answered > 0 or (self.shared.greeting_size and for_peer > 0))
             and not any(errors.values()),
@@ -1862,6 +1946,29 @@ cdef class _Threads:
             cpu_share=cpu,
             answered_for_peer=for_peer,
             sent_total=sent_total,
+            kept=kept,
+            resets=resets,
+            gap_ms_max=max(section.gap_ms_max for section in sections),
+            first_error_s=None if first is None else (<double>first - <double>since) / 1e9,
+            last_error_s=None if last is None else (<double>last - <double>since) / 1e9,
+            sections=sections,
+        )
+
+    cdef object _section(self, uint32_t at, uint64_t since):
+        cdef uint32_t t
+        cdef Part* part
+        errors = dict.fromkeys((*ERROR_KINDS, "status"), 0)
+        answered = gap = slowest = 0
+        for t in range(self.shared.threads):
+            part = &self.loops[t].sections[at]
+            answered += part.answered
+            gap = max(gap, part.gap_ns)
+            slowest = max(slowest, part.slowest_ns)
+            for i, kind in enumerate(errors):
+                errors[kind] += part.errors[i]
+        begin_s = (<double>self.shared.section_ns[at] - <double>since) / 1e9 if at else 0.0
+        return Section(
+            begin_s, answered, gap / 1e6, slowest / 1e6, {k: n for k, n in errors.items() if n}
         )
 
 
@@ -1965,6 +2072,16 @@ cdef class LoadRun(_Threads):
 
     def stop(self):
         self._ask_stop(1)
+
+    def mark(self):
+        cdef uint32_t at = self.shared.section + 1
+        if not self.started:
+            raise RuntimeError("was never started")
+        if at >= SECTIONS:
+            raise RuntimeError(f"a run has {SECTIONS} sections at most")
+        self.shared.section_ns[at] = now_ns()
+        store32(&self.shared.section, at)
+        return at
 
     def wait(self, timeout_s=None):
         return bool(self._wait(timeout_s))

@@ -17,6 +17,7 @@ import pytest
 from fastmesh._ext.load import (
     BODY_BYTES_MIN,
     ERROR_KINDS,
+    SECTIONS_MAX,
     EchoServer,
     LoadResult,
     LoadRun,
@@ -255,6 +256,98 @@ def test_stop_ends_the_window_early_and_loses_nothing() -> None:
     result = run.result()
     assert result.ok, result.errors
     assert 0 < result.duration_s < 30
+
+
+# --- sections, gaps, and how connections ended ---------------------------------------------------
+
+
+def test_a_stall_is_a_gap_of_its_section_and_of_no_other() -> None:
+    stall, go_on = threading.Event(), threading.Event()
+
+    def reply(peer: Peer, request_id: int, body: bytes) -> bytes:
+        if stall.is_set():
+            go_on.wait(10)
+        return response(request_id, body)
+
+    with service(reply) as target:
+        run = LoadRun(target, connections=2, warmup_ms=0, duration_ms=60000)
+        run.start()
+        assert until(lambda: run.progress().answered >= 100)
+        assert run.mark() == 1
+        stall.set()
+        run.wait(0.3)
+        stall.clear()
+        go_on.set()
+        seen = run.progress().answered
+        assert until(lambda: run.progress().answered >= seen + 100)
+        assert run.mark() == 2
+        seen = run.progress().answered
+        assert until(lambda: run.progress().answered >= seen + 100)
+        run.stop()
+        result = run.result()
+    assert result.ok, result.errors
+    before, during, after = result.sections
+    assert 250 < during.gap_ms_max < 5000
+    assert during.latency_ms_max > 250
+    assert before.gap_ms_max < 250 > after.gap_ms_max
+    assert result.gap_ms_max == during.gap_ms_max
+    assert 0 == before.begin_s < during.begin_s < after.begin_s
+    assert result.answered == sum(section.answered for section in result.sections)
+    assert result.kept == 2
+    assert result.first_error_s is result.last_error_s is None
+
+
+def test_a_connection_that_never_answers_is_a_gap_as_long_as_the_window() -> None:
+    def reply(peer: Peer, request_id: int, body: bytes) -> bytes:
+        first = peer.shared.setdefault("first", peer) is peer
+        return b"" if first else response(request_id, body)
+
+    with service(reply) as target:
+        result = load(target, connections=2, duration_ms=400, timeout_ms=3000)
+    assert result.errors["lost"] == 1
+    assert 390 <= result.gap_ms_max <= 400
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_ended_connections_are_told_from_kept_ones_and_resets_from_closes(reset: bool) -> None:
+    def reply(peer: Peer, request_id: int, body: bytes) -> bytes | None:
+        victim = peer.shared.setdefault("victim", peer) is peer
+        if not victim or peer.seen < 10:
+            return response(request_id, body)
+        if reset:
+            peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return None
+
+    with service(reply) as target:
+        result = load(target, connections=3)
+    only(result, "lost", "disconnected")
+    assert result.errors["disconnected"] == result.errors["lost"] == 1
+    assert result.resets == int(reset)
+    assert result.connections == 3
+    assert result.kept == 2
+    assert result.first_error_s is not None
+    assert result.last_error_s is not None
+    assert 0 < result.first_error_s <= result.last_error_s < 0.25
+    assert result.sections[0].errors == {"lost": 1, "disconnected": 1}
+
+
+def test_a_status_is_an_error_of_its_section() -> None:
+    with EchoServer(status=4) as server:
+        result = load(server.address, requests=10, duration_ms=20000)
+    assert result.sections[0].errors == {"status": 10}
+
+
+def test_sections_need_a_start_and_have_a_bound() -> None:
+    with EchoServer() as server:
+        run = LoadRun(server.address, duration_ms=60000)
+        with pytest.raises(RuntimeError, match="never started"):
+            run.mark()
+        run.start()
+        assert [run.mark() for _ in range(SECTIONS_MAX - 1)] == list(range(1, SECTIONS_MAX))
+        with pytest.raises(RuntimeError, match="at most"):
+            run.mark()
+        run.stop()
+        assert len(run.result().sections) == SECTIONS_MAX
 
 
 # --- wrong answers -------------------------------------------------------------------------------
