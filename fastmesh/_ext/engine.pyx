@@ -1111,17 +1111,20 @@ cdef class Engine:
             watch(worlds, threads, go_on)
 
     def start(self, Snapshot snapshot not None):
-        self._take_first(snapshot)
+        self._take_first(snapshot, False)
         self._begin()
 
-    cdef void _take_first(self, Snapshot snapshot) except *:
+    cdef void _take_first(self, Snapshot snapshot, bint adopted) except *:
         cdef uint32_t i
         if self._started or self._adopted:
             raise RuntimeError("the engine was started already")
         if snapshot.data == NULL:
             raise ValueError("snapshot: it is not sealed")
         self._snapshots.append(snapshot)
+        self._adopted = adopted
         for i in range(self.count):
+            self.worlds[i].adopted = adopted
+            self.worlds[i].frozen = ~(<uint64_t>0) if adopted else 0
             take_snapshot(&self.worlds[i], snapshot.data)
             if self.worlds[i].snapshot == NULL:
                 raise MemoryError("memory_bytes_max: too little for the first snapshot")
@@ -1141,17 +1144,11 @@ cdef class Engine:
     # --- hand-over, the new side ---
 
     def adopt(self, Snapshot snapshot not None):
-        cdef uint32_t i
-        for i in range(self.count):
-            if self.worlds[i].snapshot == NULL:
-                self.worlds[i].adopted = 1
-                self.worlds[i].frozen = ~(<uint64_t>0)
         try:
-            self._take_first(snapshot)
+            self._take_first(snapshot, True)
         except MemoryError:
-            self._adopted = self._failed = True
+            self._failed = True
             raise
-        self._adopted = True
 
     cdef const int* _own(self, object descriptors) except? NULL:
         """They are ours from here on, whatever comes of it."""

@@ -288,6 +288,7 @@ cdef struct SeenConn:         # what verifying must remember of a connection
     uint32_t index
     uint32_t generation
     uint8_t role
+    uint8_t kind
     uint8_t plain             # its codec patches in place and keeps no state
     uint8_t by_order
     const Codec* codec

@@ -14,6 +14,7 @@ from .conn cimport (
     conn_free,
     conn_handle,
     conn_new,
+    conn_of,
     conn_put,
     conn_thaw,
     conns_freeze,
@@ -66,6 +67,7 @@ from .route cimport (
     KIND_BROKER,
     KIND_PEER,
     KIND_PUNT,
+    KIND_PUSH,
     KIND_RELAY,
     ListenerRoutes,
     codec_named,
@@ -1137,9 +1139,12 @@ cdef int verify_conn(Load* load, const Piece* p) noexcept nogil:
     seen.index = b.index
     seen.generation = b.generation
     seen.role = b.role
+    seen.kind = b.kind
     seen.plain = codec.state_bytes == 0 and codec.patch_kind == PATCH_IN_PLACE
     seen.by_order = codec.correlation == CORRELATE_BY_ORDER
     seen.codec = codec
+    if b.kind != KIND_RELAY and not seen.plain:
+        return wrong(load, p.at, b"a connection of the message mesh in another protocol")
     load.ordinal_of[b.index] = load.seen_count
     load.seen_count += 1
     load.tally.need += sizeof(Conn) + codec.state_bytes + b.part_bytes + sizeof(Notice)
@@ -1158,16 +1163,24 @@ cdef bint is_client(const Load* load, uint32_t ordinal) noexcept nogil:
     return ordinal < load.seen_count and load.seen[ordinal].role == ROLE_DOWNSTREAM
 
 
+cdef bint one_protocol(const Load* load, uint32_t a, uint32_t b) noexcept nogil:
+    """A frame that one of them scanned can be given another id by the other."""
+    return load.seen[a].codec.scan == load.seen[b].codec.scan and load.seen[a].codec.patch == load.seen[b].codec.patch
+
+
 cdef int verify_shared(Load* load, const Piece* p) noexcept nogil:
     cdef BlobLink link
     cdef BlobMember member
     cdef BlobKey key
     cdef BlobFan fan
+    cdef uint32_t up
     if p.kind == BLOB_LINK:
         take(p, &link, sizeof(link))
         if load.links_count == load.head.links:
             return wrong(load, p.at, b"a link too many")
-        if (link.conn != NONE and not is_client(load, link.conn)) or link.cluster >= IDS or link.flow > FLOW_SHEDDING:
+        up = ordinal_named(load, link.upstream)
+        if (link.conn != NONE and not is_client(load, link.conn)) or link.cluster >= IDS or \
+                link.flow > FLOW_SHEDDING or (up != NONE and load.seen[up].role != ROLE_UPSTREAM):
             return wrong(load, p.at, b"a link that cannot be")
         load.link_orphan[load.links_count] = link.conn == NONE
         load.links_count += 1
@@ -1177,7 +1190,8 @@ cdef int verify_shared(Load* load, const Piece* p) noexcept nogil:
         if load.members_count == load.head.members:
             return wrong(load, p.at, b"a member too many")
         if (member.conn == NONE) != (member.group == NONE) or \
-                (member.conn != NONE and (not is_client(load, member.conn) or member.group >= IDS)):
+                (member.conn != NONE and (not is_client(load, member.conn) or member.group >= IDS or
+                                          load.seen[member.conn].kind != KIND_PUSH)):
             return wrong(load, p.at, b"a member that cannot be")
         load.members_count += 1
         load.tally.need += sizeof(Member) + 4 * sizeof(Member*)
@@ -1271,7 +1285,8 @@ cdef int verify_delivery(Load* load, const Piece* p, const BlobSlot* b) noexcept
     cdef uint32_t at_member = NONE
     if kind > DELIVERY_CALL or not on.plain or b.group >= IDS:
         return wrong(load, p.at, b"a delivery that cannot be")
-    if (kind == DELIVERY_CALL) != (flying and b.asker == 0):
+    if (kind == DELIVERY_CALL) != (flying and b.asker == 0) or \
+            (kind == DELIVERY_PUBLISH and flying and not is_client(load, ordinal_named(load, b.asker))):
         return wrong(load, p.at, b"a delivery that nobody asked for")
     if (b.member != NONE and (b.member >= load.members_count or kind != DELIVERY_LOCAL)) or \
             (b.key != NONE and (b.key >= load.keys_count or kind == DELIVERY_PUBLISH or kind == DELIVERY_CALL)) or \
@@ -1295,6 +1310,7 @@ cdef int verify_delivery(Load* load, const Piece* p, const BlobSlot* b) noexcept
 
 cdef int verify_slot(Load* load, const Piece* p) noexcept nogil:
     cdef BlobSlot b
+    cdef uint32_t asker
     cdef uint8_t mark = SEEN_TAKEN
     take(p, &b, sizeof(b))
     if load.slots_left == 0 or b.index >= load.slots_count or load.slot_seen[b.index]:
@@ -1307,8 +1323,11 @@ cdef int verify_slot(Load* load, const Piece* p) noexcept nogil:
             return wrong(load, p.at, b"a slot that rests in flight")
         mark |= SEEN_FLYING
         if b.asker:
-            if ordinal_named(load, b.asker) == NONE:
+            asker = ordinal_named(load, b.asker)
+            if asker == NONE:
                 return wrong(load, p.at, b"a slot that nobody asked for")
+            if not one_protocol(load, asker, load.table_of):
+                return wrong(load, p.at, b"a slot that was asked for in another protocol")
             if b.block == PUSHES:
                 load.tally.pushes += 1
             else:
@@ -1494,6 +1513,14 @@ cdef uint64_t handle_of(Load* load, uint64_t handle) noexcept nogil:
     return conn_handle(load.conns[ordinal]) if ordinal != NONE else STALE
 
 
+cdef uint64_t client_of(Load* load, uint32_t of, uint64_t handle) noexcept nogil:
+    """The same of a client to which requests of that upstream may go."""
+    cdef uint32_t ordinal = ordinal_named(load, handle)
+    if ordinal != NONE and not (is_client(load, ordinal) and one_protocol(load, ordinal, of)):
+        return STALE
+    return handle_of(load, handle)
+
+
 cdef uint64_t mask_of(World* w, uint32_t cluster, const uint8_t* ids, uint32_t count) noexcept nogil:
     """Rule.only from stable ids; those that the cluster has not any more drop out."""
     cdef Cluster* k = w.cluster_of[cluster] if cluster < IDS else NULL
@@ -1667,7 +1694,8 @@ cdef bint place_upstream(Load* load, Conn* c, const BlobConn* b) noexcept nogil:
     cdef Endpoint* e = endpoint_named(load, b.source, b.row)
     if e == NULL:
         return False
-    if e.gone or load.endpoint_seen[b.source] != ENDPOINT_SAME:
+    if e.gone or load.endpoint_seen[b.source] != ENDPOINT_SAME or e.cluster.kind != c.kind or \
+            e.cluster.codec != c.codec:
         # It serves something else now, or in another way: no new requests.
         if c.state == CONN_OPEN:
             c.state = CONN_DRAINING
@@ -1764,14 +1792,15 @@ cdef void name_anew(Load* load) noexcept nogil:
     cdef Conn* c
     for i in range(load.built):
         c = load.conns[i]
-        c.owner = handle_of(load, c.owner)
-        c.last_client = handle_of(load, c.last_client)
+        c.owner = client_of(load, i, c.owner)
+        c.last_client = client_of(load, i, c.last_client)
         c.stream_to = handle_of(load, c.stream_to)
 
 
 cdef int build_link(Load* load, const Piece* p) noexcept nogil:
     cdef World* w = load.w
     cdef BlobLink b
+    cdef Conn* up
     cdef Link* link = <Link*>mem_take(w, sizeof(Link))
     if link == NULL:
         return -1
@@ -1781,6 +1810,9 @@ cdef int build_link(Load* load, const Piece* p) noexcept nogil:
     memset(link, 0, sizeof(Link))
     link.cluster = b.cluster
     link.upstream = handle_of(load, b.upstream)
+    up = conn_of(w, link.upstream)
+    if up != NULL and up.endpoint.cluster != NULL and up.endpoint.cluster.id != b.cluster:
+        link.upstream = STALE
     link.flow = <uint8_t>b.flow
     link.pause_until_ms = ahead(w.now_ms, b.pause_in_ms)
     if b.conn != NONE:

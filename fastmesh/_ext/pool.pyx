@@ -466,6 +466,8 @@ cdef void pool_thaw(World* w) noexcept nogil:
         for i in range(k.endpoints_count):
             if w.adopted and k.endpoints[i].up:
                 event_push(w, EVENT_ENDPOINT_UP, k.endpoints[i].id, k.endpoints[i].up, 0, NULL, 0)
+            elif w.adopted:
+                drop_live_groups(w, k.endpoints[i])     # nobody came who said it
             pool_endpoint_due(w, k.endpoints[i])
         k = k.next
 

@@ -1602,6 +1602,43 @@ class TestHostile:
                 inspect(memfd)
             os.close(memfd)
 
+    def test_lies_about_who_is_who(self, blobs):
+        """What would take a client for an upstream, or one protocol for another, is refused."""
+
+        def refused(blob: bytes, kind: str, at: int, new: bytes, where: dict[int, int]) -> str:
+            """`new` at offset `at` of the first record of that kind with these bytes."""
+            found = list(moving.records(blob))
+            number = next(
+                i
+                for i, one in enumerate(found)
+                if moving.KINDS[one.kind] == kind
+                and all(one.fixed[offset] == value for offset, value in where.items())
+            )
+            fixed = found[number].fixed
+            fixed = fixed[:at] + new + fixed[at + len(new) :]
+            found[number] = found[number]._replace(fixed=fixed)
+            memfd = moving.sealed(moving.assembled(blob, found))
+            try:
+                with pytest.raises(ValueError, match="state: byte") as caught:
+                    inspect(memfd)
+            finally:
+                os.close(memfd)
+            return str(caught.value)
+
+        role, kind_of, asker, delivery = 56, 59, 48, 80
+        mesh, toy, _ = blobs
+        conns = [one.fixed for one in moving.records(mesh) if moving.KINDS[one.kind] == "conn"]
+        client = next(fixed for fixed in conns if fixed[role] == 0)
+        broker = next(fixed for fixed in conns if fixed[role] == 1)
+
+        def handle(fixed: bytes) -> bytes:
+            return fixed[:8]
+
+        assert "a link" in refused(mesh, "link", 8, handle(client), {})
+        assert "nobody asked" in refused(mesh, "slot", asker, handle(broker), {delivery: 3})
+        assert "a member" in refused(mesh, "conn", kind_of, b"\0", {role: 0, kind_of: 1})
+        assert "another protocol" in refused(toy, "conn", kind_of, b"\4", {role: 1})
+
     @pytest.mark.parametrize("seed", range(4))
     def test_damage_with_a_checksum_that_holds(self, blobs, seed):
         """Bytes, numbers, whole records: changed, doubled, left out, exchanged."""
