@@ -542,9 +542,6 @@ class Mesh:
     def descriptors(self) -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    def state_versions(self) -> tuple[int, int]:
-        return state_versions()
-
     async def hold(self) -> None:
         await self._changing.acquire()  # a reload under way ends first
         self._held = True
@@ -574,11 +571,10 @@ class Mesh:
             "left": self._left,
             "handovers": self._handovers,
             "drains": [[*key, count] for key, count in self._drain_totals.items()],
+            "events": self.events.save(),
         }
-        if self._held:
-            parts["events"] = self.events.save()
-            if self.plane is not None:
-                parts["plane"] = self.plane.save()
+        if self.plane is not None:
+            parts["plane"] = self.plane.save()
         return document.encode(parts)
 
     async def close_doors(self) -> None:
@@ -608,9 +604,9 @@ class Mesh:
                 raise OSError(error, f"engine thread {thread} cannot save: {os.strerror(error)}")
         worlds = []
         for thread in range(self.config.engine.threads):
-            saved = self.engine.saved(thread)
-            figures = {key: int(getattr(saved, key)) for key in MOVED}
-            worlds.append(World(thread, saved.memfd, saved.descriptors, figures))
+            state = self.engine.saved(thread)
+            figures = {key: int(getattr(state, key)) for key in MOVED}
+            worlds.append(World(thread, state.memfd, state.descriptors, figures))
         self._worlds = {key: sum(world.figures[key] for world in worlds) for key in MOVED}
         return worlds
 
@@ -859,11 +855,17 @@ class Mesh:
             self.plane,
             self.readings,
             rows=self._directory.rows,
-            stop_accepting=self._listeners.leave,
+            stop_accepting=self._leave_listeners,
             gone=self._all_drained.is_set,
         )
         times = Times.of(self.config.limits)
         return Drain(hands, self.log, times, totals=self._drain_totals, **options)
+
+    def _leave_listeners(self, keep_paths: bool) -> None:
+        if keep_paths:
+            self._listeners.forget()
+        else:
+            self._listeners.close()
 
     def _leave(self, drain: Drain) -> asyncio.Task[str]:
         self.state = "draining"
@@ -889,9 +891,8 @@ class Mesh:
         if self.giver is not None:
             await self.giver.ended()  # which way is soon known: every step has a deadline
         if self._given.is_set():
-            for (
-                server
-            ) in self._servers:  # whoever asked for this upgrade still waits for its answer
+            # Whoever asked for this upgrade still waits for its answer.
+            for server in self._servers:
                 await server.hold(limits.HANDOVER_LAST_ANSWER_S)
             await self._stack.aclose()
             self.log.info("gone", uptime_s=round(self.uptime_s, 3))
@@ -1032,9 +1033,6 @@ class Successor:
     def threads(self) -> int:
         return self._config.engine.threads
 
-    def state_versions(self) -> tuple[int, int]:
-        return state_versions()
-
     async def prepare(self, came: Came, process: Document | None) -> None:
         await self._new().prepare_from(came, process)
         if process is not None:
@@ -1080,27 +1078,28 @@ class Takeover:
     """How `fastmesh run --takeover` was asked."""
 
     mode: wire.Mode = "auto"
-    timeout_s: float = 30.0
     report_fd: int = -1
     """Somebody waits for the report there: without a predecessor nothing is started, and its output
     is taken over."""
 
 
+def _stops(ask_stop: Callable[[], None]) -> None:
+    """SIGTERM and SIGINT ask this from now on."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, ask_stop)
+    loop.add_signal_handler(signal.SIGINT, ask_stop)
+
+
 async def _serve(config: Config, log: Log) -> None:
     mesh = Mesh(config, log, lower_priority=True)
-    loop = asyncio.get_running_loop()
     # Before start(): a signal in the first milliseconds is a stop too, not an abort.
-    loop.add_signal_handler(signal.SIGTERM, mesh.ask_stop)
-    loop.add_signal_handler(signal.SIGINT, mesh.ask_stop)
+    _stops(mesh.ask_stop)
     await mesh.start()
     await _run(mesh)
 
 
 async def _run(mesh: Mesh) -> None:
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, mesh.ask_stop)
-    loop.add_signal_handler(signal.SIGINT, mesh.ask_stop)
-    loop.add_signal_handler(signal.SIGHUP, mesh.ask_reload)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, mesh.ask_reload)
     notify("READY=1", f"MAINPID={mesh.pid}")
     await mesh.run_until_stopped()
 
@@ -1123,12 +1122,11 @@ async def _take_over(config: Config, log: Log, how: Takeover) -> None:
         needs_giver=waiting,
         reported=reported,
     )
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, taker.driver.stop)
-    loop.add_signal_handler(signal.SIGINT, taker.driver.stop)
+    _stops(taker.driver.stop)
     if await taker.run() == "refused":
         raise HandoverRefusedError(taker.code, taker.reason)
     assert successor.mesh is not None
+    _stops(successor.mesh.ask_stop)
     if taker.stop_asked:
         successor.mesh.ask_stop()
     await _run(successor.mesh)
@@ -1139,13 +1137,6 @@ def _keep_objects() -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
-
-
-def state_versions() -> tuple[int, int]:
-    """The oldest state that can be read, and the one that is written."""
-    from fastmesh._ext.engine import STATE_VERSION, STATE_VERSION_MIN
-
-    return max(1, STATE_VERSION_MIN), STATE_VERSION
 
 
 def run(path: str, takeover: Takeover | None = None) -> None:
@@ -1165,9 +1156,7 @@ async def _serve_broker(settings: BrokerSettings, log: Log) -> None:
     from fastmesh.broker.server import Broker
 
     broker = Broker(settings, log)
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, broker.ask_stop)
-    loop.add_signal_handler(signal.SIGINT, broker.ask_stop)
+    _stops(broker.ask_stop)
     await broker.start()
     await broker.run_until_stopped()
 

@@ -22,6 +22,7 @@ from fastmesh.errors import EXIT_FAILURE, ConfigError, FastmeshError, NotSafeErr
 
 if TYPE_CHECKING:
     from fastmesh.admin.client import AdminClient
+    from fastmesh.handover.wire import Mode
 
 F = TypeVar("F", bound=Callable[..., Any])
 POLL_S = 0.1
@@ -121,7 +122,7 @@ HANDOVER_MODES = click.Choice(["auto", "move", "drain"])
 @click.option("--handover-mode", type=HANDOVER_MODES, default="auto", hidden=True)
 @click.option("--report-fd", type=click.IntRange(3), default=None, hidden=True)
 @debug_option
-def run(path: str, takeover: bool, handover_mode: str, report_fd: int | None) -> None:
+def run(path: str, takeover: bool, handover_mode: Mode, report_fd: int | None) -> None:
     """Serve until SIGTERM or SIGINT (twice: at once). SIGHUP reads FILE again."""
     from fastmesh import app
 
@@ -129,7 +130,7 @@ def run(path: str, takeover: bool, handover_mode: str, report_fd: int | None) ->
         app.run(path)
         return
     fd = -1 if report_fd is None else report_fd
-    app.run(path, app.Takeover(mode=handover_mode, report_fd=fd))  # type: ignore[arg-type]
+    app.run(path, app.Takeover(mode=handover_mode, report_fd=fd))
 
 
 @cli.command(

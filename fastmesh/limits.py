@@ -489,9 +489,18 @@ HANDOVER_CONNECTIONS_MAX = 2_000_000
 HANDOVER_STATE_BYTES_MAX = 1024 * GIB
 """Bytes of one engine thread's state: the largest `memory_bytes_max`. Only compared with the size
 of a memfd, nothing is allocated for it."""
-HANDOVER_PROCESS_BYTES_MAX = 256 * MIB
-"""Bytes of the process document: 16 MiB of registrations, names and rows of the largest snapshot,
-several times over."""
+HANDOVER_DOCUMENT_BYTES_MAX = 256 * MIB
+"""Bytes of the process document: all registrations are 16 MiB, a million sessions 100 MiB."""
+HANDOVER_HOLD_S = REGISTRATION_SAVE_TIMEOUT_S + 1.0
+"""For what is under way (saves, looks at files) to end before anything is handed over: a save that
+takes longer counts as one that never ends."""
+SAVED_MS_MAX = 40 * DAY_MS
+"""Longest time in a document; the longest lease is a day, what is later is not waited for."""
+SAVED_TEXT_CHARS_MAX = 65536
+"""Characters of one text in a document: names have 127; a rule that is named after what it matches
+has less than two header sections."""
+SAVED_NAMES_MAX = 1_000_000
+"""Names of one kind in a document, and sessions: as many as connections may be configured."""
 
 # --- embedded broker ------------------------------------------------------------------------------
 BROKER_STORE_BYTES_MAX = 16 * GIB
@@ -649,16 +658,3 @@ CLIENT_DECISIONS_MAX = 10_000
 """Transactions whose fate is remembered for a check that comes after it was told."""
 CLIENT_FRAME_OVERHEAD_BYTES = 65536
 """What a frame may carry besides its content: 32767 bytes of class, 32767 of headers, 28 fixed."""
-# --- hand-over ------------------------------------------------------------------------------------
-HANDOVER_DOCUMENT_BYTES_MAX = 256 * MIB
-"""Bytes of the process document: all registrations are 16 MiB, a million sessions 100 MiB."""
-HANDOVER_HOLD_S = REGISTRATION_SAVE_TIMEOUT_S + 1.0
-"""For what is under way (saves, looks at files) to end before anything is handed over: a save that
-takes longer counts as one that never ends."""
-SAVED_MS_MAX = 40 * DAY_MS
-"""Longest time in a document; the longest lease is a day, what is later is not waited for."""
-SAVED_TEXT_CHARS_MAX = 65536
-"""Characters of one text in a document: names have 127; a rule that is named after what it matches
-has less than two header sections."""
-SAVED_NAMES_MAX = 1_000_000
-"""Names of one kind in a document, and sessions: as many as connections may be configured."""

@@ -116,6 +116,7 @@ from .world cimport (
     HOLD_SLOW_READER,
     IDS,
     NO_LISTENER,
+    NO_RETRY,
     OWED_FROZEN,
     OWED_SAVED,
     OWED_THAWED,
@@ -174,7 +175,6 @@ cdef enum:
     CRC_AT = 24                  # in BlobHead
     HOLD_MOVES = HOLD_QUOTA | HOLD_SLOW_READER | HOLD_PUNT | HOLD_EOF | HOLD_ORDER | HOLD_CONTROL
     HOLD_PARSING = HOLD_QUOTA | HOLD_PUNT | HOLD_ORDER | HOLD_CONTROL   # as in relay.pyx
-    NO_RETRY = 255               # as in relay.pyx
     TOKEN_MICRO = 1000000        # likewise
     ONLY_MAX = 64                # bits of Rule.only
     PAGES_MAX = 1024             # slots' indices have 16 bits

@@ -229,6 +229,7 @@ from .world cimport (
     PART_IN_AREA_BYTES,
     PAUSE_MS,
     LINGER_MS,
+    NO_RETRY,
     READ_BYTES,
     READ_BYTES_PER_TURN,
     ROLE_DOWNSTREAM,
@@ -272,7 +273,6 @@ cdef enum:
     SHED_PERCENT = 90        # of the memory budget: requests are answered "overload"
     TIGHT_PERCENT = 75       # of the memory budget: whoever has requests queued is paused
     TIGHT_BYTES = 1 << 16    # ... beyond this much
-    NO_RETRY = 255
 
 cdef uint64_t NEVER = ~(<uint64_t>0)
 

@@ -71,6 +71,7 @@ cdef enum:
     IDS = 1 << 16               # ids of listeners, clusters and endpoints are below this
     NO_LISTENER = IDS           # of a client whose listener speaks something else by now
     PARKED_MAX = 1024           # frames awaiting a verdict, per thread
+    NO_RETRY = 255              # Entry.tries of what is sent nowhere else
     HOME_THREAD = 0             # all push traffic lives here: groups are never shared
 
 cdef enum Role:

@@ -274,14 +274,6 @@ class Listeners:
     def close(self) -> None:
         self.drop(list(self._bound.values()))
 
-    def leave(self, keep_paths: bool) -> None:
-        """Close all of them; with `keep_paths` the paths stay: another process listens there with
-        these very sockets."""
-        if keep_paths:
-            for bound in self._bound.values():
-                bound.inode = None
-        self.close()
-
 
 def _key(address: Address, name: str) -> str:
     # Port 0 asks for a port of its own, and keeps it as long as the name stays.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
@@ -37,9 +38,9 @@ class NobodyError(Exception):
 class Driver:
     """`run()` until the machine is in a final state.
 
-    `actions` says what each word does; `heard` is told each record with its descriptors (those that
-    it takes out of the list are its own, the rest is closed) and raises HandoverError for one that
-    cannot be.
+    `actions` says what each word does that is not the same on both sides; `heard` is told each
+    record with its descriptors (those that it takes out of the list are its own, the rest is
+    closed) and raises HandoverError for one that cannot be.
     """
 
     def __init__(
@@ -49,7 +50,12 @@ class Driver:
         self.sock: socket.socket | None = None
         self.fence: Fence | None = None
         self._log = log
-        self._actions = actions
+        self._actions: dict[Action, Do] = {
+            "close": self.close,
+            "kill_peer": self._kill_peer,
+            "send_abort": lambda: self.try_to_send(wire.Abort(machine.reason)),
+            **actions,
+        }
         self._heard = heard
         self._wake = asyncio.Event()
         self._pending: list[tuple[Event, str]] = []
@@ -278,12 +284,24 @@ class Driver:
         if step is not None and action not in PER_RECORD:
             faults.strike(self.machine.side, step)
 
+    def _kill_peer(self) -> None:
+        assert self.fence is not None
+        self.fence.kill()
+
     async def send(self, record: wire.Record, descriptors: Sequence[int] = ()) -> None:
         """Raises BrokenPipeError when nobody reads any more, OSError for what the kernel
         refuses."""
         if self.sock is None:
             raise BrokenPipeError("the connection is closed")
         await endpoint.send(self.sock, wire.encode(record), descriptors)
+
+    async def send_with(self, record: wire.Record, descriptor: int) -> None:
+        """With a descriptor that is the other side's from here on: ours is closed, whatever comes
+        of it."""
+        try:
+            await self.send(record, [descriptor])
+        finally:
+            os.close(descriptor)
 
     async def try_to_send(self, record: wire.Record) -> None:
         """If there is room and somebody reads: nothing depends on it."""

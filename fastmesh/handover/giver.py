@@ -49,7 +49,6 @@ class Giving(Protocol):
     def descriptors(self) -> int:
         """About how many would be handed over."""
 
-    def state_versions(self) -> tuple[int, int]: ...
     async def hold(self) -> None:
         """No reload, no new snapshot, no registration until `resume`."""
 
@@ -85,8 +84,8 @@ class Giver:
 
     def __init__(self, mesh: Giving, path: str, log: Log, totals: Counter[str]) -> None:
         """`totals` counts how they ended: done | refused | failed."""
-        self.path = path
         self.totals = totals
+        self._path = path
         self._mesh = mesh
         self._log = log
         self._door: endpoint.Door | None = None
@@ -97,7 +96,7 @@ class Giver:
 
     def open(self) -> None:
         """Raises StateError when the socket cannot be had."""
-        self._door = endpoint.Door(self.path)
+        self._door = endpoint.Door(self._path)
         asyncio.get_running_loop().add_reader(self._door.sock, self._accept)
 
     def close(self) -> None:
@@ -162,6 +161,9 @@ class _Giving:
         self._hello: wire.Hello | None = None
         self._peer = endpoint.peer_of(sock)
         self._refusal: wire.Refuse | None = None
+        self._mode = ""
+        """move | drain, once HELLO was judged."""
+        self._descriptors = 0
         self._acked: dict[int, int] = {}
         self._news = asyncio.Event()
         self._worlds: list[World] = []
@@ -189,10 +191,7 @@ class _Giving:
             "send_handed": lambda: self.driver.send(wire.Handed()),
             "let_go": mesh.let_go,
             "exit": mesh.handed_over,
-            "kill_peer": self._kill_peer,
-            "send_abort": lambda: self.driver.try_to_send(wire.Abort(self.driver.machine.reason)),
             "stop_later": lambda: None,  # the mesh remembers it, and waits for `Giver.ended`
-            "close": self._close,
             "report": self._report,
         }
         self.driver: Driver = Driver(Machine("giver"), log, actions=actions, heard=self._heard)
@@ -225,6 +224,7 @@ class _Giving:
 
     def _judge(self) -> None:
         assert self._hello is not None
+        self._descriptors = self._mesh.descriptors()
         found = wire.judge(
             self._hello,
             wire.Standing(
@@ -233,8 +233,8 @@ class _Giving:
                 uid=os.geteuid(),
                 peer_uid=self._peer.uid,
                 peer_pid=self._peer.pid,
-                state_versions=self._mesh.state_versions(),
-                descriptors=self._mesh.descriptors(),
+                state_versions=wire.state_versions(),
+                descriptors=self._descriptors,
             ),
         )
         if isinstance(found, wire.Refuse):
@@ -259,23 +259,18 @@ class _Giving:
 
     async def _send_ack(self) -> None:
         assert self._hello is not None
-        count = self._mesh.descriptors()
         move = self._mode == "move"
         ack = wire.Ack(
             mode="move" if move else "drain",
-            state_version=self._mesh.state_versions()[1] if move else 0,
+            state_version=wire.state_versions()[1] if move else 0,
             build=__version__,
             pid=os.getpid(),
             nonce=self._hello.nonce,
-            connections=count,
-            descriptors=count,
+            connections=self._descriptors,
+            descriptors=self._descriptors,
             fence=self.driver.machine.can_signal,
         )
-        pidfd = own_pidfd()
-        try:
-            await self.driver.send(ack, [pidfd])
-        finally:
-            os.close(pidfd)
+        await self.driver.send_with(ack, own_pidfd())
 
     async def _send_listeners(self) -> None:
         assert self._hello is not None
@@ -296,14 +291,8 @@ class _Giving:
 
     async def _send_process(self) -> None:
         data = self._mesh.process_document()
-        await self._send_memfd(wire.Process(len(data), document.digest(data)), data)
-
-    async def _send_memfd(self, record: wire.Record, data: bytes) -> None:
-        memfd = document.to_memfd(data)
-        try:
-            await self.driver.send(record, [memfd])
-        finally:
-            os.close(memfd)
+        record = wire.Process(len(data), document.digest(data))
+        await self.driver.send_with(record, document.to_memfd(data))
 
     # --- S4..S8 -----------------------------------------------------------------------------------
 
@@ -340,7 +329,7 @@ class _Giving:
         data = self._mesh.process_document()
         total = sum(len(world.descriptors) for world in self._worlds)
         record = wire.End(len(self._worlds), total, len(data), document.digest(data))
-        await self._send_memfd(record, data)
+        await self.driver.send_with(record, document.to_memfd(data))
 
     async def _release(self) -> None:
         # Before this process can end: a service manager that sees its main process end, and has
@@ -357,13 +346,6 @@ class _Giving:
         self._close_worlds()
         await self._mesh.thaw()
         self._frozen_ms = (time.monotonic() - self._frozen_at) * 1000
-
-    def _close(self) -> None:
-        self.driver.close()
-
-    def _kill_peer(self) -> None:
-        assert self.driver.fence is not None
-        self.driver.fence.kill()
 
     def _close_worlds(self) -> None:
         for world in self._worlds:

@@ -73,9 +73,8 @@ class Taking(Protocol):
     """What a hand-over does with the mesh that is being built."""
 
     def threads(self) -> int: ...
-    def state_versions(self) -> tuple[int, int]: ...
     async def prepare(self, came: Came, process: Document | None) -> None:
-        """Bind what is new, compile. The doors and the lock are taken out of `came`."""
+        """Bind what is new, compile. `came` keeps its descriptors: they may be needed again."""
 
     async def load(self, thread: int, memfd: int, descriptors: Sequence[int]) -> None:
         """One world. The descriptors are the mesh's from here on, also when it raises."""
@@ -131,6 +130,7 @@ class Taker:
         self._nofile = _raise_nofile()
         self._books = wire.Received(nonce=self._nonce, nofile=self._nofile)
         self._came = Came()
+        self._last: wire.Record | None = None
         self._ack: wire.Ack | None = None
         self._code = ""
         self._began = time.monotonic()
@@ -151,10 +151,7 @@ class Taker:
             "start_fresh": self._start_fresh,
             "start_fresh_with_listeners": self._start_fresh_with_listeners,
             "exit_refused": lambda: None,  # whoever runs this sees how it ended
-            "kill_peer": self._kill_peer,
-            "send_abort": lambda: self.driver.try_to_send(wire.Abort(self.reason)),
             "stop_later": self._remember_stop,
-            "close": self._close,
             "report": self._report,
         }
         self.driver: Driver = Driver(Machine("taker"), log, actions=actions, heard=self._heard)
@@ -214,8 +211,6 @@ class Taker:
             came.end_fd = fds.pop()
         self._last = record
 
-    _last: wire.Record | None = None
-
     def _keep(self) -> None:
         """What came was kept when it was heard. The giver sends descriptors only as fast as they
         are taken out of the socket."""
@@ -241,7 +236,7 @@ class Taker:
 
     async def _send_hello(self) -> None:
         hello = wire.Hello(
-            state_versions=self._mesh.state_versions(),
+            state_versions=wire.state_versions(),
             build=__version__,
             pid=os.getpid(),
             nonce=self._nonce,
@@ -250,11 +245,7 @@ class Taker:
             threads=self._mesh.threads(),
             stdio=self._stdio,
         )
-        pidfd = own_pidfd()
-        try:
-            await self.driver.send(hello, [pidfd])
-        finally:
-            os.close(pidfd)
+        await self.driver.send_with(hello, own_pidfd())
 
     async def _prepare(self) -> None:
         came = self._came
@@ -308,13 +299,6 @@ class Taker:
     async def _start_fresh_with_listeners(self) -> None:
         await self._mesh.start_fresh_with_listeners(self._came)
         self._take_output()
-
-    def _close(self) -> None:
-        self.driver.close()
-
-    def _kill_peer(self) -> None:
-        assert self.driver.fence is not None
-        self.driver.fence.kill()
 
     def _remember_stop(self) -> None:
         self.stop_asked = True

@@ -331,7 +331,7 @@ _FIELDS: Final[Mapping[type, Mapping[str, Check]]] = {
         "inode": inode,
     },
     Listeners: {"listeners": listeners, "last": flag, "lock": flag, "stdio": flag},
-    Process: {"bytes": integer(0, limits.HANDOVER_PROCESS_BYTES_MAX), "sha256": _SHA256},
+    Process: {"bytes": integer(0, limits.HANDOVER_DOCUMENT_BYTES_MAX), "sha256": _SHA256},
     Prepared: {},
     State: {
         "thread": _THREAD,
@@ -348,7 +348,7 @@ _FIELDS: Final[Mapping[type, Mapping[str, Check]]] = {
     End: {
         "threads": integer(1, limits.ENGINE_THREADS_MAX),
         "descriptors": _DESCRIPTORS,
-        "bytes": integer(0, limits.HANDOVER_PROCESS_BYTES_MAX),
+        "bytes": integer(0, limits.HANDOVER_DOCUMENT_BYTES_MAX),
         "sha256": _SHA256,
     },
     Ready: {},
@@ -488,6 +488,13 @@ def descriptors(record: Record) -> int:
     if isinstance(record, Listeners):
         return len(record.listeners) + record.lock + 2 * record.stdio
     return int(isinstance(record, (Hello, Ack, Process, State, End)))
+
+
+def state_versions() -> tuple[int, int]:
+    """The oldest state that this build reads, and the one that it writes."""
+    from fastmesh._ext.engine import STATE_VERSION, STATE_VERSION_MIN
+
+    return max(1, STATE_VERSION_MIN), STATE_VERSION
 
 
 def negotiate(giver: tuple[int, int], taker: tuple[int, int]) -> int | None:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from fastmesh._ext.engine import STATE_VERSION, STATE_VERSION_MIN
+from fastmesh._ext.engine import STATE_VERSION
 from fastmesh.handover import wire
 
 LIFE_S = 25
@@ -51,7 +51,7 @@ def wait_for_the_end(sock: socket.socket) -> None:
 
 def hello(**more: object) -> wire.Hello:
     fields: dict[str, object] = {
-        "state_versions": (max(1, STATE_VERSION_MIN), STATE_VERSION),
+        "state_versions": wire.state_versions(),
         "build": "hostile",
         "pid": os.getpid(),
         "nonce": secrets.token_hex(wire.NONCE_CHARS // 2),
