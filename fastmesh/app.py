@@ -114,6 +114,8 @@ class Mesh:
         self._registration_socket: BoundSocket | None = None
         self._servers: list[HttpServer | RegistrationServer] = []
         self._launcher: launch.Launcher | None = None
+        self._asking: set[asyncio.Task[Any] | None] = set()
+        """Requests that wait for the report of an upgrade."""
         self.giver: Giver | None = None
         """Where a successor asks."""
         self.plane: Plane | None = None
@@ -524,8 +526,13 @@ class Mesh:
         if self._launcher is None:
             return launch.refused("stopping", f"no upgrade while {self.state}")
         source, timeout_s = self.config.source, limits.HANDOVER_REPORT_S
-        future = self._launcher.submit(lambda: launch.upgrade(source, timeout_s=timeout_s))
-        return await asyncio.wrap_future(future)
+        asking = asyncio.current_task()
+        self._asking.add(asking)
+        try:
+            future = self._launcher.submit(lambda: launch.upgrade(source, timeout_s=timeout_s))
+            return await asyncio.wrap_future(future)
+        finally:
+            self._asking.discard(asking)
 
     def handover_status(self) -> dict[str, Any]:
         return {} if self.giver is None else self.giver.status()
@@ -578,11 +585,12 @@ class Mesh:
         return document.encode(parts)
 
     async def close_doors(self) -> None:
-        closed = [await server.hold(limits.HANDOVER_ANSWERS_S) for server in self._servers]
+        # Whoever asked for this very upgrade is answered when it is over.
+        late = [await s.hold(limits.HANDOVER_ANSWERS_S, self._asking) for s in self._servers]
         self._left = []
-        if sum(closed):
-            what = f"{sum(closed)} connections of the admin or registration interface"
-            self._left.append({"what": what, "why": "closed: they carry no state"})
+        if sum(late):
+            what = f"{sum(late)} requests of the admin or registration interface"
+            self._left.append({"what": what, "why": "the old process still answers them"})
 
     async def freeze(self) -> None:
         self._heard.clear()

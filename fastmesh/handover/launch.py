@@ -44,6 +44,8 @@ def explain(report: dict[str, Any]) -> list[str]:
     """The report for people."""
     if not report["ok"]:
         return [f"fastmesh: no upgrade ({report['code']}): {report['reason']}"]
+    if report["mode"] == "fresh":  # the old one died half-way
+        return [f"process {report['new_pid']} serves now, started anew: {report['reason']}"]
     moved = report["moved"]
     lines = [f"process {report['new_pid']} serves now, process {report['old_pid']} is leaving"]
     if report["mode"] == "move":
@@ -55,9 +57,7 @@ def explain(report: dict[str, Any]) -> list[str]:
         pauses = ", ".join(f"{pause:.3g}" for pause in report["pause_ms"])
         lines.append(f"paused   {pauses} ms (each engine thread)")
     else:
-        lines.append(
-            f"moved    the listeners; its connections end by themselves: {report['reason']}"
-        )
+        lines.append("moved    the listeners; its connections end by themselves")
     lines += [f"left     {item['what']}: {item['why']}" for item in report["left"]]
     return lines
 

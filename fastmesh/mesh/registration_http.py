@@ -6,8 +6,11 @@ nobody can read metrics, reload or drain.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import urllib.parse
+from collections.abc import Collection
+from typing import Any
 
 from fastmesh import limits
 from fastmesh.http.gate import Gate, Guarded
@@ -35,9 +38,9 @@ class RegistrationServer:
     async def start(self, sock: socket.socket) -> None:
         await self._server.start(sock)
 
-    async def hold(self, timeout_s: float) -> int:
+    async def hold(self, timeout_s: float, but: Collection[asyncio.Task[Any] | None] = ()) -> int:
         """As HttpServer.hold."""
-        return await self._server.hold(timeout_s)
+        return await self._server.hold(timeout_s, but)
 
     async def resume(self) -> None:
         await self._server.resume()
